@@ -1,0 +1,15 @@
+"""Forms: the ways a weight may be stored. `KINDS` is every form a file may hold, by name."""
+
+from tersor.forms.affine import Affine
+from tersor.forms.bitmask import Bitmask
+from tersor.forms.codebook import Codebook
+from tersor.forms.dense import Dense
+from tersor.forms.fake_affine import FakeAffine
+from tersor.forms.form import Form
+from tersor.forms.nofm import NofM
+
+KINDS: dict[str, type[Form]] = {
+    form.kind: form for form in (Dense, Affine, Codebook, Bitmask, NofM)
+}
+
+__all__ = ["KINDS", "Affine", "Bitmask", "Codebook", "Dense", "FakeAffine", "Form", "NofM"]

@@ -1,0 +1,224 @@
+"""Affine form: integer codes with one scale, and where asked one zero point, per group of inputs.
+
+Sister: `Codebook` for levels that need not be evenly spaced.
+
+Source: Jacob et al. 2018, arXiv:1712.05877, eq. 1; one-bit scales from Rastegari et al. 2016
+(XNOR-Net), arXiv:1603.05279, eq. 6.
+Differs: the range belongs to a group of inputs of one output channel, scales are bfloat16 (the
+codes are chosen after the scale was rounded, so the bound below still holds).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import OptionError
+from tersor.forms.form import Form, Part, rows, unrows
+
+
+class Affine(Form):
+    """weight[o, i] = (codes[o, i] - zero[o, g]) * scale[o, g],   g = i // group_size
+
+    The weight is seen as (outputs, inputs) with channel `axis` first; per tensor it is one row.
+
+    codes: (outputs, inputs) int8 in [-2**(bits-1), 2**(bits-1) - 1]; at one bit symmetric, -1 and 0
+        stand for -scale and +scale
+    scale: (outputs, groups) bfloat16, > 0
+    zero: (outputs, groups) int8, or None when symmetric
+    bits: 1 to 8
+    group_size: inputs that share a scale, None for all of a row; the last group may be shorter
+    axis: the output channel of the weight, None for one scale per tensor
+    """
+
+    kind = "affine"
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        *,
+        bits: int,
+        group_size: int | None,
+        axis: int | None,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        """Use `encode` to make one from a weight."""
+        super().__init__(shape, dtype)
+        self.bits, self.group_size, self.axis = bits, group_size, axis
+        self.register_buffer("codes", codes.contiguous())
+        self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
+        self.register_buffer("zero", None if zero is None else zero.contiguous())
+        self.codes: Tensor
+        self.zero: Tensor | None
+
+    @classmethod
+    def encode(
+        cls,
+        weight: Tensor,
+        *,
+        bits: int,
+        group_size: int | None = None,
+        symmetric: bool = True,
+        axis: int | None = 0,
+    ) -> Self:
+        """Rounds each weight to the nearest of its group's 2**bits levels.
+
+        Symmetric levels span -max|w| .. max|w| in 2**bits - 1 steps of one size (two at one bit:
+        -mean|w| and mean|w|); asymmetric ones span min..max with 0 included. An exact zero stays
+        exact in both, except at one bit symmetric. Error per weight at most scale / 2 at two bits
+        and more.
+        """
+        check_layout(weight, bits=bits, group_size=group_size, axis=axis)
+        # Half precision cannot divide by the smallest scales, so the levels are found in float32.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        matrix = as_matrix(weight.detach().to(wide), axis)
+        grouped = split_groups(matrix, group_size)
+        scale, zero = (_symmetric if symmetric else _asymmetric)(grouped, bits)
+        codes = _round(matrix, scale, zero, bits, group_size, symmetric)
+        return cls(
+            codes,
+            scale,
+            zero,
+            bits=bits,
+            group_size=group_size,
+            axis=axis,
+            shape=tuple(weight.shape),
+            dtype=weight.dtype,
+        )
+
+    def dense(self) -> Tensor:
+        """The weight."""
+        codes = self.codes.to(self.dtype)
+        if self.zero is not None:
+            codes = codes - spread(self.zero.to(self.dtype), codes.shape[1], self.group_size)
+        elif self.bits == 1:
+            codes = 2 * codes + 1
+        matrix = codes * spread(self.scale.to(self.dtype), codes.shape[1], self.group_size)
+        return (
+            matrix.reshape(self.shape)
+            if self.axis is None
+            else unrows(matrix, self.shape, self.axis)
+        )
+
+    def parts(self) -> tuple[Part, ...]:
+        """Codes at `bits` each, scales at 16, zero points at `bits`."""
+        zero: tuple[Part, ...] = () if self.zero is None else (("zero", self.bits),)
+        return (("codes", self.bits), ("scale", self.scale.element_size() * 8), *zero)
+
+    def config(self) -> dict[str, Any]:
+        """Bits and layout."""
+        return {"bits": self.bits, "group_size": self.group_size, "axis": self.axis}
+
+    @classmethod
+    def build(
+        cls,
+        config: dict[str, Any],
+        parts: dict[str, Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Self:
+        """See `Form.build`."""
+        bits, group_size, axis = config["bits"], config["group_size"], config["axis"]
+        check_layout(torch.empty(shape, device="meta"), bits=bits, group_size=group_size, axis=axis)
+        matrix = as_matrix(torch.empty(shape, device="meta"), axis)
+        groups = -(-matrix.shape[1] // (group_size or max(1, matrix.shape[1])))
+        zero = parts.get("zero")
+        if tuple(parts["codes"].shape) != tuple(matrix.shape) or parts["codes"].dtype != torch.int8:
+            raise ValueError(f"codes must be int8 of shape {tuple(matrix.shape)}")
+        for name in ("scale", "zero"):
+            if name in parts and tuple(parts[name].shape) != (matrix.shape[0], groups):
+                raise ValueError(f"{name} must have shape {(matrix.shape[0], groups)}")
+        return cls(
+            parts["codes"],
+            parts["scale"],
+            zero,
+            bits=bits,
+            group_size=group_size,
+            axis=axis,
+            shape=shape,
+            dtype=dtype,
+        )
+
+
+def check_layout(weight: Tensor, *, bits: int, group_size: int | None, axis: int | None) -> None:
+    """Raises OptionError unless the options fit the weight."""
+    shape = tuple(weight.shape)
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise OptionError(
+            f"bits={bits!r} for a weight of shape {shape}; choose a whole number from 1 to 8"
+        )
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+        raise OptionError(
+            f"group_size={group_size!r} for a weight of shape {shape}; choose a number of inputs >= 1, "
+            "or None for one scale per output channel"
+        )
+    if axis is not None and not (isinstance(axis, int) and 0 <= axis < len(shape)):
+        raise OptionError(
+            f"axis={axis!r} is no dimension of a weight of shape {shape}; choose 0 to {len(shape) - 1}, "
+            "or None for one scale per tensor"
+        )
+
+
+def as_matrix(weight: Tensor, axis: int | None) -> Tensor:
+    """(outputs, inputs), or one row for one scale per tensor."""
+    return weight.reshape(1, -1) if axis is None else rows(weight, axis)
+
+
+def split_groups(matrix: Tensor, group_size: int | None) -> Tensor:
+    """(outputs, groups, group_size), the last group padded with zeros."""
+    size = group_size or max(1, matrix.shape[1])
+    short = -matrix.shape[1] % size
+    if short:
+        matrix = nn.functional.pad(matrix, (0, short))
+    return matrix.reshape(matrix.shape[0], -1, size)
+
+
+def spread(per_group: Tensor, inputs: int, group_size: int | None) -> Tensor:
+    """Repeats (outputs, groups) along the inputs so that it multiplies (outputs, inputs)."""
+    if group_size is None or per_group.shape[1] <= 1:
+        return per_group
+    return per_group.repeat_interleave(group_size, dim=1)[:, :inputs]
+
+
+def _symmetric(grouped: Tensor, bits: int) -> tuple[Tensor, None]:
+    if bits == 1:
+        return _as_scale(grouped.abs().mean(-1)), None
+    return _as_scale(grouped.abs().amax(-1) / (2 ** (bits - 1) - 1)), None
+
+
+def _asymmetric(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    bottom, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scale = _as_scale((high - low) / (top - bottom))
+    zero = (bottom - low / scale.to(low.dtype)).round().clamp(bottom, top)
+    return scale, zero.to(torch.int8)
+
+
+def _as_scale(scale: Tensor) -> Tensor:
+    # Rounded up to bfloat16, so that the largest weight of a group is still within the levels.
+    narrow = scale.to(torch.bfloat16)
+    up = torch.nextafter(narrow, torch.full_like(narrow, float("inf")))
+    narrow = torch.where(narrow.to(scale.dtype) < scale, up, narrow)
+    return narrow.clamp(min=torch.finfo(torch.bfloat16).tiny)
+
+
+def _round(
+    matrix: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+) -> Tensor:
+    if symmetric and bits == 1:
+        return (matrix >= 0).to(torch.int8) - 1
+    levels = matrix / spread(scale.to(matrix.dtype), matrix.shape[1], group_size)
+    if zero is not None:
+        levels = levels + spread(zero.to(matrix.dtype), matrix.shape[1], group_size)
+    top = 2 ** (bits - 1) - 1
+    return levels.round().clamp(-top if symmetric else -top - 1, top).to(torch.int8)

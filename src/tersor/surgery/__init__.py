@@ -1,0 +1,17 @@
+"""What one may do to a module: hold a weight as a form, walk its weights, fold, look at it decoded."""
+
+from tersor.surgery.hold import decoded, form_of, held, hold, release, release_all
+from tersor.surgery.walk import Site, check_finite, in_execution_order, walk
+
+__all__ = [
+    "Site",
+    "check_finite",
+    "decoded",
+    "form_of",
+    "held",
+    "hold",
+    "in_execution_order",
+    "release",
+    "release_all",
+    "walk",
+]

@@ -1,0 +1,168 @@
+"""Walking: finds the weights of a model that a method may store differently, each one once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import ModelError, OptionError
+from tersor.forms.form import Form
+from tersor.surgery.hold import form_of, hold
+
+Patterns = Sequence[str] | str | None
+
+# Layers whose weight is not (outputs, inputs, ...): GPT-2's Conv1D and the transposed convolutions.
+_OUTPUT_AXIS = {"Conv1D": 1, "ConvTranspose1d": 1, "ConvTranspose2d": 1, "ConvTranspose3d": 1}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight, with every place that uses it (tied weights have more than one).
+
+    name: "encoder.fc1.weight", of the first place
+    kind: the layer's type, "Linear"
+    axis: the dimension of its output channels
+    uses: (layer, attribute) of every place
+    """
+
+    name: str
+    kind: str
+    axis: int
+    uses: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is now, decoded if a form holds it."""
+        layer, attribute = self.uses[0]
+        weight: Tensor = getattr(layer, attribute)
+        return weight.detach()
+
+    @property
+    def form(self) -> Form | None:
+        """The form that holds it, None for a plain parameter."""
+        return form_of(*self.uses[0])
+
+    def hold(self, form: Form) -> None:
+        """Stores the weight as `form`, in every place."""
+        for layer, attribute in self.uses:
+            hold(layer, attribute, form)
+
+
+def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> list[Site]:
+    """Every weight of two or more dimensions, by identity, in the order of `model.modules()`.
+
+    include, exclude: patterns (`*`, `?`, `[...]`) on the weight's name, its layer's path, or the
+        layer's type ("layer1.*", "Linear"); a tied weight matches by any of its names
+
+    Raises OptionError for a pattern that matches nothing, ModelError for a model without weights.
+    """
+    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, Form) and not _inside_form(model, path):
+            for attribute, identity in _weights(layer):
+                places.setdefault(identity, []).append((path, layer, attribute))
+    if not places:
+        raise ModelError(
+            f"{type(model).__name__} has no weights of two or more dimensions, so there is nothing to compress; "
+            "pass the trained network itself"
+        )
+    sites = []
+    for found in places.values():
+        path, layer, attribute = found[0]
+        kind = kind_of(layer)
+        uses = tuple({(id(m), a): (m, a) for _, m, a in found}.values())
+        sites.append(
+            (
+                Site(_join(path, attribute), kind, _OUTPUT_AXIS.get(kind, 0), uses),
+                {n for p, m, a in found for n in (_join(p, a), p, kind_of(m))},
+            )
+        )
+    kept = _select(sites, include, "include") if include is not None else {s.name for s, _ in sites}
+    dropped = _select(sites, exclude, "exclude") if exclude is not None else set()
+    return [site for site, _ in sites if site.name in kept - dropped]
+
+
+def in_execution_order(
+    model: nn.Module, sites: Iterable[Site], run: Callable[[], Any]
+) -> list[Site]:
+    """Sorts sites by when `run()` (one forward pass of `model`) first uses their layer; unused ones last."""
+    order: dict[nn.Module, int] = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda m, _: order.setdefault(m, len(order)) and None)
+        for m in model.modules()
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = len(order)
+    return sorted(sites, key=lambda site: min(order.get(layer, last) for layer, _ in site.uses))
+
+
+def kind_of(layer: nn.Module) -> str:
+    """The layer's type name; a layer rebuilt from a file remembers the original's."""
+    kind = getattr(layer, "kind", None)
+    name = kind if isinstance(kind, str) and not isinstance(layer, Form) else type(layer).__name__
+    # torch's own names for a Linear inside attention, and for a layer with a parametrized weight.
+    return name.removeprefix("Parametrized").replace("NonDynamicallyQuantizable", "")
+
+
+def _weights(layer: nn.Module) -> list[tuple[str, int]]:
+    """(attribute, identity) of the weights that `layer` itself owns, plain, held or weight-normed."""
+    found = []
+    for name, child in layer._modules.items():
+        if isinstance(child, Form) and len(child.shape) >= 2:
+            found.append((name.removesuffix("_form"), id(child)))
+    for name, parameter in layer._parameters.items():
+        if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+            continue
+        if name.endswith("_v") and f"{name[:-2]}_g" in layer._parameters:
+            found.append((name[:-2], id(parameter)))
+        elif not name.endswith("_g") or f"{name[:-2]}_v" not in layer._parameters:
+            found.append((name, id(parameter)))
+    for name, parametrization in getattr(layer, "parametrizations", {}).items():
+        if getattr(layer, name).dim() >= 2:
+            found.append((name, id(parametrization)))
+    return found
+
+
+def _inside_form(model: nn.Module, path: str) -> bool:
+    names = path.split(".")
+    return any(name.endswith("_form") for name in names) or "parametrizations" in names
+
+
+def _join(path: str, attribute: str) -> str:
+    return f"{path}.{attribute}" if path else attribute
+
+
+def _select(sites: list[tuple[Site, set[str]]], patterns: Patterns, option: str) -> set[str]:
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    chosen: set[str] = set()
+    for pattern in wanted:
+        matched = {
+            site.name for site, names in sites if any(fnmatchcase(n, pattern) for n in names)
+        }
+        if not matched:
+            raise OptionError(
+                f"{option}={pattern!r} matches no weight; the model has, for example, "
+                f"{[site.name for site, _ in sites[:3]]} of types {sorted({site.kind for site, _ in sites})}"
+            )
+        chosen |= matched
+    return chosen
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises ModelError naming the first parameter or buffer that holds NaN or infinity."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f'"{name}" of shape {tuple(tensor.shape)} holds {bad} values that are NaN or infinite; '
+                "load a checkpoint that trained cleanly"
+            )
