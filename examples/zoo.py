@@ -331,7 +331,8 @@ class StoriesTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; the start-of-story token reads as nothing."""
-        return b"".join(self.pieces[i] for i in ids if i != 1).decode(errors="replace")
+        codes = (bytes([i - 3]) if 3 <= i < 259 else self.pieces[i] for i in ids if i != 1)
+        return b"".join(codes).decode(errors="replace")
 
 
 class SileroVad(nn.Module):

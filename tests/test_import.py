@@ -1,0 +1,45 @@
+"""`import tersor` brings torch and little else; what is heavy is imported where it is used."""
+
+import json
+import os
+import subprocess
+import sys
+
+LATER = {
+    *("pydantic", "typer", "click", "rich", "yaml", "zstandard", "sqlite3"),
+    *("onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "tokenizers"),
+    *(
+        "sklearn",
+        "scipy",
+        "pandas",
+        "pyarrow",
+        "PIL",
+        "datasets",
+        "jinja2",
+        "sentence_transformers",
+    ),
+    *("sympy", "torch._dynamo", "torch._inductor", "torch.export", "torch.onnx"),
+}
+LIGHT = {"tersor", "numpy", "safetensors"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import json, sys\n{statement}\nprint(json.dumps(list(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_import_brings_torch_and_nothing_heavy():
+    added = loaded_by("import tersor") - loaded_by("import torch")
+    assert "tersor" in added
+    assert added & LATER == set()
+    third_party = {name.partition(".")[0] for name in added} - set(sys.stdlib_module_names)
+    assert third_party - {"torch"} <= LIGHT
+    # torch's own lazily loaded parts count too: a handful is a helper, hundreds are a compiler.
+    assert sum(name.startswith("torch.") for name in added) < 20
