@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("TERSOR_SHARED_DATA", ROOT.parent / "shared" / "data"))
-FENCE = re.compile(r"( *)(`{3,})\s*(?:\{code-block\}\s*)?(\w*)")
+FENCE = re.compile(r"( *(?:(?:[-*+]|\d+\.) +)?)(`{3,})\s*(?:\{code-block\}\s*)?(\w*)")
 COMMENT = re.compile(r"<!--\s*(skip|needs|run)\s*(?::\s*(.*?))?\s*-->")
 
 
@@ -101,7 +101,9 @@ def to_script(page: str) -> Script:
         end = at + 1
         while end < len(lines) and lines[end].strip() != fence[2]:
             end += 1
-        body = [line.removeprefix(fence[1]) for line in lines[at + 1 : end]]
+        if end == len(lines):
+            raise ValueError(f"the block that opens on line {at + 1} is never closed")
+        body = [line.removeprefix(" " * len(fence[1])) for line in lines[at + 1 : end]]
         script.lines += ["", *_runnable(fence[3], body, notes, at + 1, script), ""]
         notes, at = {}, end + 1
     return script
