@@ -1,0 +1,196 @@
+"""Multiply-accumulates, counted at the operators that a forward pass really runs.
+
+Matrix products, convolutions, attention and recurrent layers count; adding a bias, normalizing,
+activations, pooling and looking up embeddings do not, as in the figures that papers print.
+Attention with a causal mask counts in full. Decoding a form is no arithmetic of the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tersor.forms.form import Form
+from tersor.measure.figures import Figures
+from tersor.measure.running import Inputs, batch_of, call, evaluating, tensors_in
+
+
+@dataclass(frozen=True)
+class Macs(Figures):
+    """Multiply-accumulates of one pass.
+
+    by_layer: path of a module ("layer1.0.conv1", "" for the model itself) -> its own
+    batch: samples in the pass; everything is for all of them
+    """
+
+    total: int
+    batch: int
+    by_layer: dict[str, int]
+
+
+def macs(model: nn.Module, inputs: Inputs) -> Macs:
+    """Counts one evaluation pass of `model` over the batch `inputs`.
+
+    An operator belongs to the innermost module whose forward runs it, or to the module inside that
+    which owns its weight (attention's out_proj, a network rebuilt from a file).
+    """
+    with evaluating(model), _unfused(), _Counter(model) as counter:
+        call(model, inputs)
+    counts = {path: n for path, n in counter.counts.items() if n}
+    return Macs(sum(counts.values()), batch_of(inputs), counts)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every aten operator, and knows which module is running."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: dict[str, int] = {}
+        self._model, self._running = model, [""]
+        self._owners: dict[int, list[str]] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Counter:
+        for path, module in self._model.named_modules(remove_duplicate=False):
+            for tensor in _weights(module):
+                self._owners.setdefault(tensor.untyped_storage().data_ptr(), []).append(path)
+        for path, module in self._model.named_modules():
+            if not isinstance(module, Form):
+                self._hooks += [
+                    module.register_forward_pre_hook(
+                        lambda *_, path=path: self._running.append(path)
+                    ),
+                    module.register_forward_hook(
+                        lambda *_: self._running.pop() and None, always_call=True
+                    ),
+                ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        rule = _RULES.get(func.overloadpacket)
+        if rule is None:
+            # Inside inference mode operators like `linear` arrive whole.
+            with self:
+                parts = func.decompose(*args, **kwargs or {})
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs or {})
+        if rule is not None:
+            path = self._path(args)
+            self.counts[path] = self.counts.get(path, 0) + rule(out, *args)
+        return out
+
+    def _path(self, args: tuple[Any, ...]) -> str:
+        running = self._running[-1]
+        inside = f"{running}." if running else ""
+        for tensor in tensors_in(args):
+            for path in self._owners.get(tensor.untyped_storage().data_ptr(), ()):
+                if path.startswith(inside) and path != running:
+                    return path
+        return running
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    if not isinstance(module, Form):
+        yield from (p for p in module._parameters.values() if p is not None)
+        yield from (f.value() for f in module._modules.values() if isinstance(f, Form))
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    # The fused encoder layer hides its products in one operator.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor, *_: Any) -> int:
+    """(..., n, k) @ (..., k, m), and the same with vectors."""
+    return out.numel() * left.shape[-1]
+
+
+def _added_product(out: Tensor, bias: Tensor, left: Tensor, right: Tensor, *_: Any) -> int:
+    return out.numel() * left.shape[-1]
+
+
+def _added_products(out: Tensor, bias: Tensor, left: Tensor, right: Tensor, *_: Any) -> int:
+    # addbmm sums over the batch too.
+    return left.numel() * right.shape[-1]
+
+
+def _convolution(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    *_: Any,
+) -> int:
+    # Every output gathers from a window of the input; transposed, every input is spread over one.
+    return (x if transposed else out).numel() * math.prod(weight.shape[1:])
+
+
+def _attention(out: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    """(batch, heads, length, width) each: query @ key, then the weights @ value."""
+    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+    return int(pairs * (query.shape[-1] + value.shape[-1]))
+
+
+def _recurrent(out: Any, x: Tensor, inputs: Tensor, hidden: Tensor, *_: Any) -> int:
+    """(steps, batch, width) through the two matrices of all gates."""
+    return math.prod(x.shape[:2]) * (inputs.numel() + hidden.numel())
+
+
+def _trilinear(out: Tensor, left: Tensor, weight: Tensor, right: Tensor, *_: Any) -> int:
+    """Bilinear: every pair of features is multiplied, then weighted for each output."""
+    pairs = left.numel() * right.shape[-1]
+    return pairs * (weight.shape[1] + 1) if left.dim() > 3 else pairs * (weight.numel() + 1)
+
+
+_A = torch.ops.aten
+_RULES: dict[Any, Callable[..., int]] = {
+    _A.mm: _product,
+    _A.bmm: _product,
+    _A.mv: _product,
+    _A.dot: lambda out, left, right: left.numel(),
+    _A.vdot: lambda out, left, right: left.numel(),
+    _A._int_mm: _product,
+    _A.addmm: _added_product,
+    _A._addmm_activation: _added_product,
+    _A.addmv: _added_product,
+    _A.baddbmm: _added_product,
+    _A.addbmm: _added_products,
+    _A.convolution: _convolution,
+    _A._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _A._scaled_dot_product_flash_attention: _attention,
+    _A._scaled_dot_product_efficient_attention: _attention,
+    _A._scaled_dot_product_cudnn_attention: _attention,
+    _A._scaled_dot_product_fused_attention_overrideable: _attention,
+    _A.mkldnn_rnn_layer: _recurrent,
+    _A._trilinear: _trilinear,
+}

@@ -1,0 +1,90 @@
+"""Running a model to look at it: in evaluation mode, decoded, no gradients, left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import ModelError, OptionError
+from tersor.surgery.hold import decoded
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+Runner = Callable[[], object]
+"""One run of anything: a torch model, or a session of an exported runtime."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode, each form decoded once, no gradients; the training flags come back after."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Not inference mode: a model may keep tensors of this pass, and train on them later.
+        with decoded(model), torch.no_grad():
+            yield model
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def runner(model: nn.Module, inputs: Inputs) -> Iterator[Runner]:
+    """A call without arguments that runs `model` on `inputs`, for as long as the block lasts."""
+    with evaluating(model):
+        yield lambda: call(model, inputs)
+
+
+@contextmanager
+def using_threads(threads: int | None) -> Iterator[int]:
+    """Lets torch compute on so many threads inside the block; None leaves the number as it is."""
+    before = torch.get_num_threads()
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads={threads}; at least 1 is needed")
+    if threads not in (None, before):
+        torch.set_num_threads(threads or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """model(x), model(*tuple) or model(**dict)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def batch_of(inputs: Any) -> int:
+    """Size of the first dimension of the first tensor, 1 where there is none."""
+    first = next(tensors_in(inputs), None)
+    return int(first.shape[0]) if first is not None and first.dim() else 1
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and mappings, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from tensors_in(value)
+
+
+def check_outputs(outputs: Tensor, model: nn.Module, where: str) -> Tensor:
+    """Raises ModelError if an output is NaN; infinite ones (masked logits) are an answer."""
+    bad = torch.isnan(outputs).flatten(1).any(1) if outputs.dim() > 1 else torch.isnan(outputs)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ModelError(
+            f"{type(model).__name__} gives NaN in {int(bad.sum())} of the {len(bad)} outputs of "
+            f"{where}, first in number {first}; check that input and the model's weights"
+        )
+    return outputs

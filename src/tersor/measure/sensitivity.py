@@ -1,0 +1,134 @@
+"""Sensitivity: how far the outputs move when one weight alone is stored another way.
+
+The measure is the task's divergence from the untouched model on unlabelled calibration inputs,
+which is smooth where accuracy is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tersor.errors import OptionError, TaskError
+from tersor.forms.form import Form
+from tersor.measure.figures import Figures
+from tersor.measure.running import Inputs, check_outputs, evaluating
+from tersor.surgery.walk import Site, walk
+
+if TYPE_CHECKING:
+    from tersor.task import Task
+
+
+@dataclass(frozen=True)
+class Sensitivity(Figures):
+    """One way to store one weight.
+
+    site: name of the weight, "layer1.0.conv1.weight"
+    option: name of the way
+    divergence: mean over the calibration rows; infinite where an output is no longer finite
+    bytes: what the weight takes then
+    """
+
+    site: str
+    option: str
+    divergence: float
+    bytes: int
+
+
+def reference_outputs(model: nn.Module, task: Task, inputs: Sequence[Inputs]) -> list[Tensor]:
+    """The model's outputs on each batch, to measure divergence from. Raises ModelError for NaN."""
+    if not inputs:
+        raise TaskError("there are no calibration inputs; give the task at least one batch")
+    with evaluating(model):
+        return [
+            check_outputs(task.predict(model, batch), model, f"calibration batch {number}")
+            for number, batch in enumerate(inputs, 1)
+        ]
+
+
+def divergence_of(
+    model: nn.Module, task: Task, inputs: Sequence[Inputs], reference: Sequence[Tensor]
+) -> float:
+    """Mean divergence of the model's outputs from `reference`; infinite if one is not a number."""
+    with evaluating(model):
+        return _mean(
+            task.divergence(given, task.predict(model, batch))
+            for batch, given in zip(inputs, reference, strict=True)
+        )
+
+
+def sensitivity(
+    model: nn.Module,
+    task: Task,
+    options: Mapping[str, Callable[[Site], Form]],
+    *,
+    sites: Sequence[Site] | None = None,
+    inputs: Sequence[Inputs] | None = None,
+    size_of: Callable[[Form], int] | None = None,
+    on_result: Callable[[Sensitivity], None] | None = None,
+) -> list[Sensitivity]:
+    """Measures every option for every weight, each alone; the model is left exactly as it was.
+
+    options: name -> what makes the form of a site's weight
+    sites: weights to try, None for all of `walk(model)`
+    inputs: calibration batches, None for the task's
+    size_of: bytes of a form, None for its stored bits / 8
+    on_result: called after each measurement, for progress and journals
+    """
+    if not options:
+        raise OptionError('options={} has nothing to try; give for example {"int4": make_form}')
+    batches = list(task.calibration() if inputs is None else inputs)
+    reference = reference_outputs(model, task, batches)
+    results = []
+    for site in walk(model) if sites is None else sites:
+        for name, make in options.items():
+            form = make(site)
+            with swapped(site, form):
+                divergence = divergence_of(model, task, batches, reference)
+            size = -(-form.stored_bits() // 8) if size_of is None else size_of(form)
+            results.append(Sensitivity(site.name, name, divergence, size))
+            if on_result is not None:
+                on_result(results[-1])
+    return results
+
+
+@contextmanager
+def swapped(site: Site, form: Form) -> Iterator[None]:
+    """Inside the block `form` holds the weight of `site`; after it all is exactly as before."""
+    layers = {id(layer): layer for layer, _ in site.uses}.values()
+    states = [(layer, type(layer), _contents(layer)) for layer in layers]
+    # Removing a parametrization writes the computed weight over the parameter it came from.
+    originals = [(p, p.data) for layer in layers for p in layer.parameters()]
+    try:
+        site.hold(form)
+        yield
+    finally:
+        for layer, kind, contents in states:
+            layer.__class__ = kind
+            layer.__dict__.clear()
+            layer.__dict__.update(contents)
+        for parameter, data in originals:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+
+
+def _contents(layer: nn.Module) -> dict[str, Any]:
+    """The layer's attributes; its tables of parameters, children and hooks are copied."""
+    return {
+        key: value.copy() if isinstance(value, dict | list | set) else value
+        for key, value in layer.__dict__.items()
+    }
+
+
+def _mean(parts: Iterator[Tensor]) -> float:
+    total, count = 0.0, 0
+    for rows in parts:
+        total += rows.double().sum().item()
+        count += rows.numel()
+    mean = total / max(1, count)
+    return mean if math.isfinite(mean) else math.inf
