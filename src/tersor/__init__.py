@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+from tersor.version import VERSION as __version__
 
 # Public names and where they live, imported on first use: `import tersor` stays as quick as torch.
 _HOMES = {

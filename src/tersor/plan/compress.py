@@ -1,0 +1,190 @@
+"""compress: from a model, data and a budget to one small file, measured after it was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor.errors import BudgetError, TaskError
+from tersor.measure import quality
+from tersor.plan.budget import Budget
+from tersor.plan.folder import RunFolder, open_folder, write_text
+from tersor.plan.journal import model_hash
+from tersor.plan.progress import Bar
+from tersor.plan.search import search, shortfalls
+from tersor.plan.study import measure_choices, study
+from tersor.plan.summary import check_costs, summary
+from tersor.plan.trial import Bench, Point
+from tersor.recipe import Recipe
+from tersor.task import Task
+from tersor.version import VERSION
+
+# Trials that a search takes, in units of one measured choice; only the progress bar depends on it.
+_TRIALS = 60
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves.
+
+    model: reloaded from `path`, as a user of the file will get it
+    path: the .tersor file
+    folder: the run's folder, with report.json
+    report: the same figures as report.json
+    """
+
+    model: nn.Module
+    path: Path
+    folder: Path
+    report: dict[str, Any]
+
+
+def compress(
+    model: nn.Module,
+    task: Task | None = None,
+    budget: Budget | str | Mapping[str, Any] = "size=0.25x",
+    *,
+    run: str | Path | None = None,
+    example: Any = None,
+    recipe: Recipe | list[dict[str, Any]] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Makes `model` meet `budget`, checks it on the written file, and reports.
+
+    model: a trained network; it is not changed
+    task: how to feed and judge it; without one the choice of forms is blind and nothing is proven
+    budget: `Budget`, or a line like "size=0.15x, drop=0.5"
+    run: folder for the file, the report and the journal; the same job in it again resumes. By
+        default runs/<model>-<hash of the job>
+    example: inputs to trace the model with when there is no task
+    recipe: steps to apply instead of searching for them
+    seed: of the bootstrap intervals; recorded in the file
+
+    Raises BudgetError when the budget cannot be met (saying how near it came and which limit
+    binds), ModelError, TaskError, OptionError, OutputError for inputs that cannot be used.
+    """
+    limits = Budget.of(budget if not isinstance(budget, Mapping) else dict(budget))
+    _check_task(limits, task)
+    model = model.eval()
+    job = {
+        "tersor": VERSION,
+        "model": model_hash(model),
+        "task": task.fingerprint() if task else None,
+        "budget": limits.as_json(),
+        "recipe": recipe.as_json() if isinstance(recipe, Recipe) else recipe,
+        "seed": seed,
+    }
+    folder, journal = open_folder(run or _default_folder(model, job), job)
+    try:
+        with Bar(enabled=progress) as bar:
+            return _finish(
+                _bench(model, task, example, limits, folder, journal, seed, bar), job["recipe"]
+            )
+    finally:
+        journal.close()
+
+
+def _bench(
+    model: nn.Module,
+    task: Task | None,
+    example: Any,
+    budget: Budget,
+    folder: RunFolder,
+    journal: Any,
+    seed: int,
+    bar: Bar,
+) -> Bench:
+    found = study(model, task, task.example() if task and example is None else example, journal)
+    bench = Bench(found, folder, budget, seed, bar)
+    if task is not None and task.has_test:
+        bar.doing("measuring the original")
+        found.before = journal.recall(
+            {"what": "before", **found.key},
+            lambda: {n: e.value for n, e in quality(model, task).items()},
+        )
+    _check_metrics(budget, found.before, task)
+    return bench
+
+
+def _finish(bench: Bench, recipe: list[dict[str, Any]] | None) -> Result:
+    found, bar = bench.study, bench.bar
+    bar.plan(sum(len(choices) for choices in found.choices) + _TRIALS)
+    if recipe is None:
+        measure_choices(found, bar)
+        point = search(bench)
+    else:
+        point = _given(bench, recipe)
+    bar.doing("checking the written file")
+    path = bench.write(point.recipe, bench.folder.model, bench.file_metrics(point.metrics))
+    compressed = bench.reload(path, point.recipe)
+    report = summary(bench, point, compressed, path)
+    check_costs(bench, report)
+    for trial in bench.folder.path.glob("trial-*.tersor"):
+        trial.unlink()
+    write_text(bench.folder.report, json.dumps(report, indent=1))
+    return Result(compressed, path, bench.folder.path, report)
+
+
+def _given(bench: Bench, recipe: list[dict[str, Any]]) -> Point:
+    """The point of a recipe that the caller chose; the budget is still checked."""
+    point = bench.judge(bench.size(recipe, 0.0))
+    size, limit = bench.study.size_before, bench.budget.size
+    short = shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
+    if limit is not None and point.bytes > limit.resolve(size):
+        short = f"the file has {point.bytes:,} bytes and may have {int(limit.resolve(size)):,}"
+    if short:
+        raise BudgetError(
+            f"the given recipe does not meet the budget {bench.budget}: {short}; leave the recipe "
+            "out to "
+            "have one searched for, or relax the limit"
+        )
+    return point
+
+
+def _check_task(budget: Budget, task: Task | None) -> None:
+    needs = [
+        name
+        for name in ("drop", "at_least", "latency_ms", "memory", "macs")
+        if getattr(budget, name)
+    ]
+    if task is None and needs:
+        raise TaskError(
+            f"{needs[0]}= in the budget needs data to measure it on; give a task (--data), or ask "
+            "for "
+            "size= alone"
+        )
+    if task is not None and (budget.drop or budget.at_least) and not task.has_test:
+        raise TaskError(
+            "drop= or a metric's floor in the budget needs labelled test data, and the task has "
+            "none; "
+            "give test data, or ask for size= alone"
+        )
+
+
+def _check_metrics(budget: Budget, before: dict[str, float], task: Task | None) -> None:
+    for name, floor in budget.at_least.items():
+        if task is None or name not in task.metrics:
+            raise BudgetError(
+                f"{name}>={floor:g} in the budget names no metric of the task; it has "
+                f"{list(task.metrics) if task else []}"
+            )
+        higher = task.metrics[name].higher_is_better
+        if (before[name] < floor) if higher else (before[name] > floor):
+            raise BudgetError(
+                f"{name}>={floor:g} is out of reach: the original model itself has "
+                f"{before[name]:.4g}; "
+                "ask for less than that"
+            )
+
+
+def _default_folder(model: nn.Module, job: dict[str, Any]) -> Path:
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+    return Path("runs") / f"{type(model).__name__.lower()}-{digest[:8]}"

@@ -1,0 +1,75 @@
+"""The journal of a run: every finished measurement, on disk the moment it is finished.
+
+A key is a hash of all that a measurement depends on, so that an entry can never be stale: another
+model, other data, other options or another version of tersor have other keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.errors import OutputError
+from tersor.version import VERSION
+
+
+class Journal:
+    """A content-hashed cache of measurements in one sqlite file; survives kill -9."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or creates the file. Raises OutputError when that is not possible."""
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS measurements (key TEXT PRIMARY KEY, what TEXT, value "
+                "TEXT)"
+            )
+        except sqlite3.Error as error:
+            raise OutputError(
+                f"{path} cannot be used as the journal of a run: {error}; choose another folder"
+            ) from error
+
+    def recall(self, what: dict[str, Any], measure: Callable[[], Any]) -> Any:
+        """The value noted for `what`, or `measure()`, noted before it is returned.
+
+        what: plain JSON values that determine the measurement
+        measure: returns plain JSON values
+        """
+        text = json.dumps({"tersor": VERSION, "torch": torch.__version__, **what}, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        row = self._db.execute("SELECT value FROM measurements WHERE key = ?", (key,)).fetchone()
+        if row is not None:
+            return json.loads(row[0])
+        value = json.dumps(measure())
+        try:
+            self._db.execute(
+                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", (key, text, value)
+            )
+        except sqlite3.Error as error:
+            raise OutputError(
+                f"the journal of the run could not be written: {error}; free space and run again, "
+                "finished measurements are kept"
+            ) from error
+        # Read back through JSON, so that a resumed run sees exactly what an uninterrupted one saw.
+        return json.loads(value)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 over the model's structure and every tensor in it."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

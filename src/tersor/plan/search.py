@@ -1,0 +1,186 @@
+"""Search: from a budget to the recipe whose written file meets it, or the proof that none does."""
+
+from __future__ import annotations
+
+from math import exp, log
+from typing import Any
+
+from torch import nn
+
+from tersor.errors import BudgetError
+from tersor.plan.allocate import allocate
+from tersor.plan.budget import Budget
+from tersor.plan.choices import recipe_for
+from tersor.plan.trial import Bench, Point
+from tersor.task import Task
+
+# The final file differs from its trial in the digits of the metrics it carries.
+_MARGIN = 96
+_FITS = 8
+_HALVINGS = 7
+
+
+def search(bench: Bench) -> Point:
+    """The point that meets the budget's size and quality limits.
+
+    With a size limit the bytes are spent on quality; with only quality limits the file is made as
+    small as they allow. Raises BudgetError with how near it came and which limit binds.
+    """
+    limit = bench.budget.size
+    if limit is None:
+        return smallest(bench)
+    point = bench.judge(fit(bench, int(limit.resolve(bench.study.size_before))))
+    short = shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
+    if short:
+        raise BudgetError(f"{_both(bench, point, short)}")
+    return point
+
+
+def fit(bench: Bench, limit: int) -> Point:
+    """The point of least loss whose file has at most `limit` bytes."""
+    options = bench.study.options()
+    least = sum(min(size for size, _ in choices) for choices in options)
+    payload = limit - _MARGIN
+    best: Point | None = None
+    nearest: Point | None = None
+    for _ in range(_FITS):
+        if payload < least and (nearest is not None):
+            break
+        point = propose(bench, max(payload, least))
+        slack = limit - _MARGIN - point.bytes
+        if slack >= 0 and (best is None or point.loss < best.loss):
+            best = point
+        if slack < 0 and (nearest is None or point.bytes < nearest.bytes):
+            nearest = point
+        if best is not None and (best is not point or slack < max(256, limit // 500)):
+            break
+        if best is point and point.loss == 0:
+            break
+        payload = max(payload, least) + slack
+    if best is None:
+        reached = nearest.bytes if nearest else least
+        raise BudgetError(
+            f"size={bench.budget.size} allows {limit:,} bytes, but the smallest file that these "
+            "methods reach has "
+            f"{reached:,} bytes ({reached / bench.study.size_before:.3f}x); the size limit binds: "
+            "ask for "
+            f"size={reached / bench.study.size_before + 0.0005:.3f}x or more"
+        )
+    return best
+
+
+def smallest(bench: Bench) -> Point:
+    """The smallest file that meets the quality limits, by bisection over the weights' bytes."""
+    options = bench.study.options()
+    low = float(sum(min(size for size, _ in choices) for choices in options))
+    high = float(sum(choices[0][0] for choices in options))
+    best: Point | None = None
+    if not (bench.budget.drop or bench.budget.at_least):
+        # Neither a size nor a quality limit: the others do not depend on how weights are stored.
+        return bench.judge(propose(bench, int(_lossless_like(options))))
+    nearest: Point | None = None
+    edges = [low, _lossless_like(options)]
+    for _ in range(_HALVINGS):
+        middle = exp((log(edges[0]) + log(edges[1])) / 2)
+        point = bench.judge(propose(bench, int(middle)))
+        if shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task):
+            edges[0], nearest = middle, point
+        else:
+            edges[1], best = middle, point if best is None or point.bytes < best.bytes else best
+    if best is None:
+        for payload in (edges[1], high):
+            point = bench.judge(propose(bench, int(payload)))
+            short = shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
+            if not short:
+                return point
+            nearest = point
+        short = shortfalls(
+            nearest.metrics if nearest else {}, bench.study.before, bench.budget, bench.study.task
+        )
+        raise BudgetError(
+            f"no file meets the budget {bench.budget}: at {nearest.bytes if nearest else 0:,} "
+            f"bytes {short}; "
+            "that limit binds even with the weights unchanged, so relax it"
+        )
+    return best
+
+
+def propose(bench: Bench, payload: int) -> Point:
+    """The allocation of least loss within `payload` bytes of weights, written to a file."""
+    options = bench.study.options()
+    taken = allocate(options, payload)
+    picked = [
+        (site, choices[t])
+        for site, choices, t in zip(bench.study.sites, bench.study.choices, taken, strict=True)
+    ]
+    recipe = recipe_for(picked)
+    if recipe and _recoverable(bench.study.model, bench.study.task):
+        recipe.append({"method": "recover.batchnorm", "options": {}})
+    return bench.size(recipe, sum(choices[t][1] for choices, t in zip(options, taken, strict=True)))
+
+
+def shortfalls(
+    metrics: dict[str, float], before: dict[str, float], budget: Budget, task: Task | None
+) -> str:
+    """A sentence on every quality limit that is not met, empty when all are."""
+    if task is None or not metrics:
+        return ""
+    said = []
+    for name, floor in quality_limits(before, budget, task).items():
+        higher = task.metrics[name].higher_is_better
+        if (metrics[name] < floor) if higher else (metrics[name] > floor):
+            said.append(
+                f"{name} is {metrics[name]:.4g} and must be {'at least' if higher else 'at most'} "
+                f"{floor:.4g} "
+                f"(it was {before[name]:.4g})"
+            )
+    return " and ".join(said)
+
+
+def quality_limits(before: dict[str, float], budget: Budget, task: Task) -> dict[str, float]:
+    """The value that each limited metric must keep."""
+    limits = dict(budget.at_least)
+    if budget.drop is not None:
+        name = next(iter(task.metrics))
+        sign = -1 if task.metrics[name].higher_is_better else 1
+        floor = before[name] + sign * budget.drop.resolve(abs(before[name]))
+        tighter = max if sign < 0 else min
+        limits[name] = tighter(floor, limits.get(name, floor))
+    return limits
+
+
+def _both(bench: Bench, point: Point, short: str) -> str:
+    """How near it came, and the size at which quality would do."""
+    said = f"at {point.bytes:,} bytes ({point.bytes / bench.study.size_before:.3f}x) {short}"
+    try:
+        enough = smallest(bench)
+    except BudgetError:
+        return f"{said}; no size met the quality limits, so they bind: relax them"
+    return (
+        f"{said}; the size limit binds: the smallest file found that keeps the quality has "
+        f"{enough.bytes:,} bytes, "
+        f"so ask for size={enough.bytes / bench.study.size_before + 0.0005:.3f}x or relax the "
+        "quality limit"
+    )
+
+
+def _recoverable(model: nn.Module, task: Task | None) -> bool:
+    return task is not None and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+        for m in model.modules()
+    )
+
+
+def _lossless_like(options: list[list[tuple[int, float]]]) -> float:
+    """Bytes with every weight at its best choice below the unchanged one (8-bit codes, usually)."""
+    return float(sum(min(choices[1:] or choices, key=lambda c: c[1])[0] for choices in options))
+
+
+def describe(bench: Bench, point: Point) -> dict[str, Any]:
+    """A point as the report shows it."""
+    return {
+        "bytes": point.bytes,
+        "divergence": point.loss,
+        "metrics": point.metrics,
+        "note": point.note,
+    }

@@ -1,0 +1,186 @@
+"""The study of a model: everything that is measured before anything is decided.
+
+For each weight and each choice: the bytes it will take in the file, and the loss it causes, which
+is the mean divergence of the outputs from the original's on calibration data. Without data the loss
+is the relative squared error of the weight, which knows nothing of what the network does with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.codec import coded_bytes
+from tersor.errors import ModelError
+from tersor.forms.form import Form
+from tersor.measure import divergence_of, macs, reference_outputs, safetensors_bytes, swapped
+from tersor.plan.choices import Choice, choices_for, form_for
+from tersor.plan.journal import Journal, model_hash
+from tersor.plan.progress import Bar
+from tersor.surgery.walk import Site, check_finite, walk
+from tersor.task import Task
+
+# Multiply-accumulates that the measurement of all choices may take, about two minutes on two cores.
+# Fixed, not timed, so that two runs measure on the same samples and write the same file.
+_WORK = 4e12
+_FEWEST, _MOST = 32, 256
+# Elements of the original's outputs that are kept for comparison (a language model has many each).
+_KEPT = 64 * 2**20
+
+
+@dataclass
+class Study:
+    """What is known of a model.
+
+    sizes, losses: for each weight, one entry a choice
+    size_before: bytes of the float32 safetensors file
+    before: metric -> value of the original
+    """
+
+    model: nn.Module
+    task: Task | None
+    example: Any
+    journal: Journal
+    fingerprint: str
+    sites: list[Site]
+    choices: list[list[Choice]]
+    size_before: int
+    macs: dict[str, int] = field(default_factory=dict)
+    sizes: list[list[int]] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    before: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What every measurement of this study depends on."""
+        return {"model": self.fingerprint, "task": self.task.fingerprint() if self.task else None}
+
+    def options(self) -> list[list[tuple[int, float]]]:
+        """(bytes, loss) of every choice, as `allocate` takes them."""
+        return [
+            list(zip(sizes, losses, strict=True))
+            for sizes, losses in zip(self.sizes, self.losses, strict=True)
+        ]
+
+
+def study(model: nn.Module, task: Task | None, example: Any, journal: Journal) -> Study:
+    """Looks at the model, measuring no choice yet. Raises ModelError for one that is unusable."""
+    check_finite(model)
+    sites = walk(model)
+    found = Study(
+        model,
+        task,
+        example,
+        journal,
+        model_hash(model),
+        sites,
+        [choices_for(s) for s in sites],
+        safetensors_bytes(model),
+    )
+    if task is None:
+        found.notes.append(
+            "No data was given: the choices were weighed by the error of the weights alone, "
+            "nothing about the "
+            "model's answers was measured, and batch-norm statistics were not corrected. Give data "
+            "to have the "
+            "bytes spent where the answers need them and the result proven."
+        )
+    else:
+        found.notes.extend(task.notes)
+    if example is not None:
+        found.macs = journal.recall(
+            {"what": "macs", **found.key}, lambda: dict(macs(model, example).by_layer)
+        )
+    return found
+
+
+def measure_choices(found: Study, bar: Bar) -> None:
+    """Fills `sizes` and `losses`, each from the journal where it was measured before."""
+    samples = _samples(found)
+    inputs, reference = _calibration(found, samples)
+    for site, choices in zip(found.sites, found.choices, strict=True):
+        bar.doing(f"measuring {site.name}")
+        rows = []
+        for choice in choices:
+            what = {
+                "what": "choice",
+                **found.key,
+                "site": site.name,
+                "samples": samples,
+                "steps": [[s.method, s.options] for s in choice.steps],
+            }
+            rows.append(
+                found.journal.recall(
+                    what, lambda s=site, c=choice: _measure(found, s, c, inputs, reference)
+                )
+            )
+            bar.advance()
+        found.sizes.append([int(size) for size, _ in rows])
+        found.losses.append([float(loss) for _, loss in rows])
+
+
+def _measure(
+    found: Study, site: Site, choice: Choice, inputs: list[Any], reference: list[torch.Tensor]
+) -> list[float]:
+    form = form_for(site, choice)
+    size = coded_bytes(form)
+    if not choice.steps:
+        return [size, 0.0]
+    if found.task is None:
+        return [size, _relative_error(site, form)]
+    with swapped(site, form):
+        loss = divergence_of(found.model, found.task, inputs, reference)
+    if not loss < float("inf"):
+        raise ModelError(
+            f"with {site.name!r} stored as {choice.label} the model's outputs are not finite; "
+            "leave that "
+            "layer out, or check the calibration data"
+        )
+    return [size, max(0.0, loss)]
+
+
+def _relative_error(site: Site, form: Form) -> float:
+    weight = site.weight.double()
+    return float(
+        (form.dense().double() - weight).square().sum() / weight.square().sum().clamp(min=1e-300)
+    )
+
+
+def _calibration(found: Study, samples: int) -> tuple[list[Any], list[torch.Tensor]]:
+    if found.task is None:
+        return [], []
+    inputs = found.task.calibration(samples)
+    return inputs, reference_outputs(found.model, found.task, inputs)
+
+
+def _samples(found: Study) -> int:
+    """Calibration samples for measuring choices: as many as the work and the memory allow."""
+    if found.task is None:
+        return 0
+    batch = found.task.example()
+    samples = batch_size(batch)
+    with torch.inference_mode():
+        outputs = found.task.predict(found.model, batch).numel() / samples
+    runs = max(1, sum(len(choices) for choices in found.choices))
+    affordable = _WORK / (max(1, sum(found.macs.values())) / samples * runs)
+    return int(max(1, min(_MOST, max(_FEWEST, affordable), _KEPT / max(1, outputs))))
+
+
+def batch_size(inputs: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor."""
+    if isinstance(inputs, torch.Tensor):
+        return max(1, inputs.shape[0]) if inputs.dim() else 1
+    values = (
+        inputs.values()
+        if isinstance(inputs, dict)
+        else inputs
+        if isinstance(inputs, tuple | list)
+        else ()
+    )
+    return next(
+        (batch_size(v) for v in values if isinstance(v, torch.Tensor | dict | tuple | list)), 1
+    )

@@ -1,0 +1,153 @@
+"""The summary of a run: every figure of the report, measured on the reloaded file."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.errors import BudgetError
+from tersor.measure import compare, latency_ab, macs, peak_memory, size
+from tersor.plan.search import describe
+from tersor.plan.study import Study, batch_size
+from tersor.plan.trial import Bench, Point
+from tersor.recipe import recipe_of
+from tersor.version import VERSION
+
+
+def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> dict[str, Any]:
+    """The report as data; see docs/guide/report.md for its keys."""
+    found = bench.study
+    after = path.stat().st_size
+    report: dict[str, Any] = {
+        "tersor": VERSION,
+        "command": None,
+        "model": {
+            "name": type(found.model).__name__,
+            "parameters": size(found.model).parameters,
+            "bytes": found.size_before,
+            "macs": sum(found.macs.values()) or None,
+        },
+        "budget": bench.budget.as_json(),
+        "met": True,
+        "file": {
+            "path": path.name,
+            "bytes": after,
+            "ratio": after / found.size_before,
+            "graph": bench.traceable,
+        },
+        "before": {"bytes": found.size_before, "metrics": found.before},
+        "after": {"bytes": after, "metrics": point.metrics},
+        "layers": _layers(found, compressed),
+        "sensitivity": [
+            {"layer": site.name, "option": choice.label, "bytes": nbytes, "divergence": loss}
+            for site, choices, sizes, losses in zip(
+                found.sites, found.choices, found.sizes, found.losses, strict=False
+            )
+            for choice, nbytes, loss in zip(choices, sizes, losses, strict=True)
+        ],
+        "points": [
+            {**describe(bench, p), "chosen": p.recipe == point.recipe}
+            for p in bench.points or [point]
+        ],
+        "recipe": recipe_of(compressed).as_json(),
+        "notes": list(found.notes),
+        "environment": environment(),
+    }
+    if found.task is not None:
+        report["comparison"] = compare(
+            found.model, compressed, found.task, seed=bench.seed
+        ).as_json()
+    report["costs"] = _costs(found, compressed)
+    return report
+
+
+def check_costs(bench: Bench, report: dict[str, Any]) -> None:
+    """Raises BudgetError where a limit on size, latency, memory or MACs does not hold."""
+    budget, costs = bench.budget, report["costs"]
+    measured = {
+        "size": (report["file"]["bytes"], report["before"]["bytes"], "bytes"),
+        **{
+            name: (costs[name]["after"], costs[name]["before"], unit)
+            for name, unit in (
+                ("latency_ms", "ms"),
+                ("memory", "bytes of activations"),
+                ("macs", "MACs"),
+            )
+            if costs.get(name)
+        },
+    }
+    for name, (after, before, unit) in measured.items():
+        limit = getattr(budget, name)
+        if limit is not None and after > limit.resolve(before):
+            raise BudgetError(
+                f"{name}={limit} allows {limit.resolve(before):,.6g} {unit}, and the result has "
+                f"{after:,.6g} (the "
+                f"original {before:,.6g}); the {name} limit binds: the methods here change how "
+                "weights are stored, "
+                "so only `size` and quality limits can steer them. The file is kept at "
+                f"{report['file']['path']}"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """Where the figures were measured."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "machine": platform.machine(),
+        "system": sys.platform,
+    }
+
+
+def _costs(found: Study, compressed: nn.Module) -> dict[str, Any]:
+    """Latency, activation memory and MACs for the example batch, before and after."""
+    if found.example is None:
+        return {}
+    example = found.example
+    speed = latency_ab(found.model, compressed, example, repeats=10)
+    return {
+        "batch": batch_size(example),
+        "latency_ms": {
+            "before": speed.before.median_ms,
+            "after": speed.after.median_ms,
+            "p95_before": speed.before.p95_ms,
+            "p95_after": speed.after.p95_ms,
+            "threads": speed.before.threads,
+        },
+        "memory": {
+            "before": peak_memory(found.model, example).activations,
+            "after": peak_memory(compressed, example).activations,
+        },
+        "macs": {
+            "before": sum(found.macs.values()),
+            "after": sum(macs(compressed, example).by_layer.values()),
+        },
+    }
+
+
+def _layers(found: Study, compressed: nn.Module) -> list[dict[str, Any]]:
+    """One row a weight: what it was and what it is stored as."""
+    stored = {t.name: t for t in size(compressed).tensors}
+    rows = []
+    for site in found.sites:
+        tensor = stored.get(site.name)
+        rows.append(
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "shape": list(site.weight.shape),
+                "parameters": site.weight.numel(),
+                "bytes_before": site.weight.numel() * site.weight.element_size(),
+                "bytes_after": -(-tensor.bits // 8) if tensor else None,
+                "form": tensor.form if tensor else None,
+            }
+        )
+    return rows

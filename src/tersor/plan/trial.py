@@ -1,0 +1,171 @@
+"""Trials: a recipe applied, written to a file, and judged by that file alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.codec import load, save, trace
+from tersor.errors import ExportError
+from tersor.measure import quality
+from tersor.methods import run
+from tersor.plan.budget import Budget
+from tersor.plan.folder import RunFolder
+from tersor.plan.progress import Bar
+from tersor.plan.study import Study
+from tersor.version import VERSION
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe that was tried.
+
+    bytes: of the file it gave
+    loss: what the allocation promised, the sum of the measured divergences
+    metrics: measured on the reloaded file; empty where only its size was needed
+    """
+
+    recipe: list[dict[str, Any]]
+    bytes: int
+    loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass
+class Bench:
+    """Where recipes are tried: the study, the folder, and what every written file carries."""
+
+    study: Study
+    folder: RunFolder
+    budget: Budget
+    seed: int
+    bar: Bar
+    program: Any = None
+    traceable: bool = True
+    points: list[Point] = field(default_factory=list)
+
+    def key(self, recipe: list[dict[str, Any]]) -> str:
+        """Names a recipe in this run."""
+        text = json.dumps([self.study.key, recipe, str(self.budget), self.seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def size(self, recipe: list[dict[str, Any]], loss: float) -> Point:
+        """Writes the recipe's file and says how large it is."""
+        what = {
+            "what": "size",
+            **self.study.key,
+            "recipe": recipe,
+            "budget": str(self.budget),
+            "seed": self.seed,
+        }
+        size = self.study.journal.recall(
+            what, lambda: self._write(recipe, self.trial(recipe)).stat().st_size
+        )
+        return Point(recipe, int(size), loss)
+
+    def judge(self, point: Point) -> Point:
+        """Measures the metrics of the point's file, reloaded from disk."""
+        task = self.study.task
+        if task is None or not task.has_test:
+            return point
+        what = {
+            "what": "quality",
+            **self.study.key,
+            "recipe": point.recipe,
+            "budget": str(self.budget),
+            "seed": self.seed,
+        }
+
+        def measure() -> dict[str, float]:
+            model = self.reload(self.trial(point.recipe), point.recipe)
+            return {name: estimate.value for name, estimate in quality(model, task).items()}
+
+        self.bar.doing(f"measuring a file of {point.bytes:,} bytes")
+        judged = Point(**{**asdict(point), "metrics": self.study.journal.recall(what, measure)})
+        self.points.append(judged)
+        self.bar.advance(10)
+        return judged
+
+    def trial(self, recipe: list[dict[str, Any]]) -> Path:
+        """The file of a recipe that is being tried."""
+        return self.folder.trial(self.key(recipe)[:12])
+
+    def reload(self, path: Path, recipe: list[dict[str, Any]]) -> nn.Module:
+        """The model as a user will get it: from the file, written again if a killed run lost it."""
+        if not path.exists():
+            self._write(recipe, path)
+        if self.program is None and self.traceable:
+            self.trace()
+        return load(path) if self.traceable else load(path, into=_copy(self.study.model))
+
+    def apply(self, recipe: list[dict[str, Any]]) -> nn.Module:
+        """The model after the recipe, in memory."""
+        return run(self.study.model, recipe, self.study.task) if recipe else _copy(self.study.model)
+
+    def write(self, recipe: list[dict[str, Any]], path: Path, metrics: dict[str, Any]) -> Path:
+        """Writes the recipe's file with the metrics in it."""
+        if self.program is None and self.traceable:
+            self.trace()
+        provenance = {
+            "tersor": VERSION,
+            "torch": torch.__version__,
+            "model": self.study.fingerprint,
+            "task": self.study.key["task"],
+            "budget": str(self.budget),
+            "seed": self.seed,
+        }
+        return save(
+            self.apply(recipe),
+            path,
+            graph=self.program if self.traceable else False,
+            metrics=metrics,
+            provenance=provenance,
+        )
+
+    def trace(self) -> None:
+        """Traces the model once for all files; where that fails they hold weights alone."""
+        self.bar.doing("tracing the model")
+        if self.study.example is None:
+            self.traceable = False
+            self.study.notes.append(
+                "No example input was given, so the file holds weights alone: "
+                "load it with load(path, into=your_model)."
+            )
+            return
+        try:
+            self.program = trace(self.study.model, self.study.example)
+        except ExportError as error:
+            self.traceable = False
+            self.study.notes.append(
+                f"The file holds weights alone and needs the model's code to load: {error}"
+            )
+
+    def _write(self, recipe: list[dict[str, Any]], path: Path) -> Path:
+        self.bar.doing("writing a trial file")
+        # Placeholders of the final length, so that the size of the trial is the size of the result.
+        return self.write(recipe, path, self.file_metrics(self.study.before))
+
+    def file_metrics(self, after: dict[str, float]) -> dict[str, dict[str, float]]:
+        """What the file says about itself: the metrics before and after, to six digits."""
+        return (
+            {"before": _rounded(self.study.before), "after": _rounded(after)}
+            if self.study.before
+            else {}
+        )
+
+
+def _rounded(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in metrics.items()}
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    from copy import deepcopy
+
+    return deepcopy(model)
