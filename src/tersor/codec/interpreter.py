@@ -2,121 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from keyword import iskeyword
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tersor.codec.containers import Container, Record
 from tersor.codec.operators import CONSTANT, WEIGHT, resolve
-from tersor.codec.program import Model, Named, Node, Program, Ref, split_name
+from tersor.codec.program import Fixed, Model, Named, Node, Program, Ref, split_name
 from tersor.codec.program_inputs import Arguments
 from tersor.errors import FileError, ModelError
-
-
-class Container(nn.Module):
-    """A module without a forward: it only holds tensors and other containers by name.
-
-    kind: layer type of the original ("Conv2d"), or "" where it owned no tensors
-    """
-
-    def __init__(self, kind: str = "") -> None:
-        super().__init__()
-        self.kind = kind
-
-    def __getitem__(self, index: int) -> nn.Module:
-        child = self._modules.get(str(index))
-        if child is None:
-            raise IndexError(f"there is no child {index}; there are {list(self._modules)}")
-        return child
-
-    def _get_name(self) -> str:
-        return self.kind or "Container"
-
-
-class Record(OrderedDict[str, Any]):
-    """Named outputs, read as `out["name"]`, `out.name` or by position as `out[0]`."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no output {name!r}; there are {list(self)}") from None
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.to_tuple()[key] if isinstance(key, int | slice) else super().__getitem__(key)
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The outputs in order, without their names."""
-        return tuple(self.values())
-
-
-def _flatten_record(record: Record) -> tuple[list[Any], list[str]]:
-    return list(record.values()), list(record)
-
-
-# Lets a model with named outputs be exported again.
-torch.utils._pytree.register_pytree_node(
-    Record,
-    _flatten_record,
-    lambda values, names: Record(zip(names, values, strict=True)),
-    serialized_type_name="tersor.Record",
-    flatten_with_keys_fn=lambda record: (
-        [(torch.utils._pytree.MappingKey(name), value) for name, value in record.items()],
-        list(record),
-    ),
-)
-
-
-def skeleton(
-    tensors: Mapping[str, Tensor | Sequence[int]],
-    kinds: Mapping[str, str] | None = None,
-    buffers: Collection[str] = (),
-) -> Container:
-    """Builds nested containers that hold `tensors` under their dotted names.
-
-    tensors: name -> the tensor, or its shape for a placeholder on the meta device
-    kinds: path of a module -> its layer type (`Program.kinds`)
-    buffers: names that become buffers; integer tensors always do
-
-    One tensor given under two names is shared by both.
-    """
-    kinds, root = kinds or {}, Container()
-    shared: dict[int, nn.Parameter] = {}
-    for path in kinds:
-        _descend(root, path).kind = kinds[path]
-    for name, given in tensors.items():
-        path, leaf = split_name(name)
-        tensor = given if isinstance(given, Tensor) else torch.empty(tuple(given), device="meta")
-        holder = _descend(root, path)
-        if hasattr(holder, leaf):
-            raise FileError(f'tensor "{name}" clashes with another part of the stored model')
-        if name in buffers or not (tensor.is_floating_point() or tensor.is_complex()):
-            holder.register_buffer(leaf, tensor)
-        else:
-            parameter = shared.setdefault(id(given), _parameter(tensor))
-            holder.register_parameter(leaf, parameter)
-    return root
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-
-
-def _descend(root: Container, path: str) -> Container:
-    here = root
-    for part in path.split(".") if path else ():
-        child = here._modules.get(part)
-        if child is None:
-            if hasattr(here, part):
-                raise FileError(f'module "{path}" clashes with another part of the stored model')
-            child = Container()
-            here.add_module(part, child)
-        if not isinstance(child, Container):
-            raise FileError(f'module "{path}" clashes with another part of the stored model')
-        here = child
-    return here
 
 
 class Interpreted(nn.Module):
@@ -129,8 +28,12 @@ class Interpreted(nn.Module):
     def __init__(
         self, program: Program, tree: nn.Module, constants: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Takes over the children and tensors of `tree`, which may be a `skeleton` or any module."""
+        """Takes over the children and tensors of `tree`, a `skeleton` or any other module.
+
+        Weights of the root itself that are to be held by forms must be held afterwards.
+        """
         super().__init__()
+        self.__class__ = _signed(_signature(program))
         constants = program.constants if constants is None else constants
         self.program = program
         for name, child in tree.named_children():
@@ -172,11 +75,6 @@ class Interpreted(nn.Module):
             for index in dead:
                 values[index] = None
         return _arranged(self.program.output, values)
-
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the inputs, in their order."""
-        return list(self.program.inputs)
 
     def extra_repr(self) -> str:
         """Inputs and number of operators, for printing."""
@@ -226,13 +124,53 @@ class Interpreted(nn.Module):
             raise ModelError(f'the program uses the weight "{name}", which the model does not have')
         return holder, leaf
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _revive, (_signature(self.program),), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         hidden = {"_steps", "_arguments", "_padding"}
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._bind()
+
+
+_Signature = tuple[tuple[str, bool, Any], ...]
+
+
+def _signature(program: Program) -> _Signature:
+    """Name, whether it may be left out, and default of each input; () if Python cannot say it."""
+    trees = program.inputs.items()
+    if any(name == "self" or not name.isidentifier() or iskeyword(name) for name, _ in trees):
+        return ()
+    return tuple(
+        (name, isinstance(tree, Fixed), getattr(tree, "value", None)) for name, tree in trees
+    )
+
+
+@cache
+def _signed(signature: _Signature) -> type[Interpreted]:
+    """An `Interpreted` whose forward shows the original's input names, for exporters and `help`."""
+    if not signature:
+        return Interpreted
+
+    def forward(self: Interpreted, *args: Any, **kwargs: Any) -> Any:
+        return Interpreted.forward(self, *args, **kwargs)
+
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    parameters = [inspect.Parameter("self", kind)]
+    for name, optional, value in signature:
+        # Python wants a default on everything after an input that may be left out.
+        needed = not optional and parameters[-1].default is empty
+        parameters.append(inspect.Parameter(name, kind, default=empty if needed else value))
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return type("Interpreted", (Interpreted,), {"forward": forward, "__doc__": Interpreted.__doc__})
+
+
+def _revive(signature: _Signature) -> Interpreted:
+    kind = _signed(signature)
+    return kind.__new__(kind)
 
 
 def _marked(value: Any, markers: Mapping[Model, Ref]) -> Any:

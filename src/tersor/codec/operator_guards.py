@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +84,10 @@ def _row(x: Tensor) -> int:
     return max(1, x.numel() // max(1, x.shape[0] if x.dim() else 1))
 
 
+def _last(x: Tensor) -> int:
+    return max(1, x.shape[-1]) if x.dim() else 1
+
+
 def _folded(x: Tensor, size: list[Any], *_: Any, **__: Any) -> Any:
     return _product(x.shape[:-1]) * _product(size)
 
@@ -131,20 +136,18 @@ _COUNTS: dict[str, Callable[..., Any]] = {
         ),
         _transformed,
     ),
-    "diag_embed": lambda x, offset=0, *_: x.numel() * ((x.shape[-1] if x.dim() else 1) + abs(offset)),
+    "diag_embed": lambda x, offset=0, *_: x.numel() * (_last(x) + abs(offset)),
     "diag": lambda x, offset=0: (x.numel() + abs(offset)) ** 2 if x.dim() == 1 else None,
     "outer": lambda x, y: x.numel() * y.numel(),
     "kron": lambda x, y: x.numel() * y.numel(),
     "bincount": lambda _, __=None, least=0: least,
     "cartesian_prod": lambda xs: len(xs) * math.prod(x.numel() for x in xs),
     "meshgrid": lambda xs, **_: math.prod(x.numel() for x in xs),
-    "block_diag": lambda xs: _product(
-        (sum(x.numel() for x in xs), sum(max(1, x.shape[-1] if x.dim() else 1) for x in xs))
-    ),
+    "block_diag": lambda xs: _product((sum(x.numel() for x in xs), sum(_last(x) for x in xs))),
 }
 
 GUARDS: dict[str, Callable[[Function], Function]] = {
-    name: (lambda run, count=count: _bounded(run, count)) for name, count in _COUNTS.items()
+    name: partial(_bounded, count=count) for name, count in _COUNTS.items()
 }
 
 

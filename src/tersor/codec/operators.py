@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._ops import OpOverload
@@ -55,9 +55,9 @@ true_divide.Tensor subtract.Tensor multiply.Tensor divide.Tensor negative absolu
 deg2rad rad2deg
 
 eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar
-ge.Tensor ge.Scalar not_equal.Scalar not_equal.Tensor isnan isinf isfinite isclose isin.Tensor_Tensor
-logical_and+_ logical_or+_ logical_xor+_ logical_not+_ bitwise_and.Tensor+_ bitwise_and.Scalar+_
-bitwise_or.Tensor+_ bitwise_or.Scalar+_ bitwise_xor.Tensor+_ bitwise_xor.Scalar+_ bitwise_not+_
+ge.Tensor ge.Scalar not_equal.Scalar not_equal.Tensor isnan isinf isfinite isclose
+isin.Tensor_Tensor logical_and+_ logical_or+_ logical_xor+_ logical_not+_
+bitwise_and.Tensor+_ bitwise_and.Scalar+_ bitwise_or.Tensor+_ bitwise_or.Scalar+_ bitwise_xor.Tensor+_ bitwise_xor.Scalar+_ bitwise_not+_
 bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor
 bitwise_right_shift.Tensor_Scalar __and__.Tensor __and__.Scalar __or__.Tensor __or__.Scalar
 __xor__.Tensor __xor__.Scalar __lshift__.Scalar __rshift__.Scalar
@@ -67,7 +67,8 @@ min.other amax amin aminmax argmax argmin any any.dim any.dims all all.dim all.d
 std std.dim std_mean.correction var var.dim var.correction var_mean.correction median median.dim
 mode cumsum cumprod cummax cummin logcumsumexp count_nonzero.dim_IntList count_nonzero quantile
 quantile.scalar kthvalue topk sort sort.stable argsort argsort.stable msort trace bincount
-searchsorted.Tensor searchsorted.Scalar bucketize.Tensor bucketize.Scalar unique_consecutive diff
+searchsorted.Tensor searchsorted.Scalar bucketize.Tensor bucketize.Scalar unique_consecutive
+diff
 
 where.self where.ScalarSelf where.ScalarOther where.Scalar where masked_fill.Scalar+_
 masked_fill.Tensor+_ masked_scatter+_ masked_select nonzero argwhere index.Tensor index_select
@@ -123,8 +124,11 @@ ATEN = _names(_LISTED)
 SCALAR: dict[str, Callable[..., Any]] = {
     **{
         f"sym.{name}": getattr(operator, name)
-        for name in "add sub mul floordiv mod truediv neg pow eq ne lt le gt ge and_ or_".split()
+        for name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "neg", "pow", "eq")
     },
+    **{f"sym.{name}": getattr(operator, name) for name in ("ne", "lt", "le", "gt", "ge")},
+    "sym.and": operator.and_,
+    "sym.or": operator.or_,
     "sym.not": torch.sym_not,
     "sym.min": torch.sym_min,
     "sym.max": torch.sym_max,
@@ -136,7 +140,7 @@ SCALAR: dict[str, Callable[..., Any]] = {
     "sym.trunc": math.trunc,
     "sym.round": round,
     "sym.abs": abs,
-    "sym.sqrt": torch._sym_sqrt,
+    "sym.sqrt": torch.sym_sqrt,
 }
 
 WEIGHT, CONSTANT, ITEM, SIZE, NUMEL = "weight", "constant", "item", "size", "numel"
@@ -157,12 +161,11 @@ def overload(name: str) -> OpOverload:
         raise KeyError(name)
     packet, _, variant = name.partition(".")
     found = getattr(getattr(torch.ops.aten, packet), variant)
-    assert isinstance(found, OpOverload)  # noqa: S101 - narrows the type for the checker
-    return found
+    return cast("OpOverload", found)
 
 
 # `torch.lstm` and its kin, unlike their overloads, can be seen and kept whole while tracing.
-_WHOLE = {"lstm.input": torch.lstm, "gru.input": torch.gru}
+_WHOLE: dict[str, Callable[..., Any]] = {"lstm.input": torch.lstm, "gru.input": torch.gru}
 _WHOLE |= {"rnn_tanh.input": torch.rnn_tanh, "rnn_relu.input": torch.rnn_relu}
 
 
@@ -180,7 +183,8 @@ def resolve(name: str) -> Callable[..., Any]:
     if name in SCALAR:
         return scalar(SCALAR[name])
     if name in OWN:
-        return {ITEM: _item, SIZE: _size, NUMEL: torch.Tensor.numel}[name]
-    run = _WHOLE.get(name) or overload(name)
+        own: dict[str, Callable[..., Any]] = {ITEM: _item, SIZE: _size, NUMEL: torch.Tensor.numel}
+        return own[name]
+    run: Callable[..., Any] = _WHOLE.get(name) or overload(name)
     guard = GUARDS.get(name.partition(".")[0])
     return guard(run) if guard else run

@@ -61,7 +61,7 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operator and its arguments: literals, `Ref`s, dtypes, `Model` markers and lists of these."""
+    """An operator and its arguments: literals, `Ref`s, dtypes, `Model` markers, lists of these."""
 
     operator: str
     arguments: tuple[Any, ...] = ()
@@ -145,9 +145,11 @@ def slots(tree: Any) -> list[Slot]:
     if isinstance(tree, Slot):
         return [tree]
     branches = tree.values() if isinstance(tree, Mapping) else tree
-    if isinstance(tree, Named):
+    if isinstance(tree, Fixed):
+        branches = ()
+    elif isinstance(tree, Named):
         branches = tree.fields.values()
-    return [] if isinstance(tree, Fixed) else [slot for branch in branches for slot in slots(branch)]
+    return [slot for branch in branches for slot in slots(branch)]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -178,9 +180,7 @@ def _encode(program: Program) -> dict[str, Any]:
         "weights": [[places[path], leaf] for path, leaf in weights],
         "constants": list(program.constant_names),
         "operators": operators,
-        "nodes": [
-            _encode_node(node, index, at) for at, node in enumerate(program.nodes, first)
-        ],
+        "nodes": [_encode_node(node, index, at) for at, node in enumerate(program.nodes, first)],
         "output": _encode_output(program.output, first + len(program.nodes)),
         "static": list(program.static),
         "dtype": DTYPE_NAMES[program.dtype],
@@ -190,7 +190,7 @@ def _encode(program: Program) -> dict[str, Any]:
 def _encode_node(node: Node, index: Mapping[str, int], at: int) -> list[Any]:
     # The index of a weight or constant is not written: each node takes the next one.
     own = node.operator in ("weight", "constant")
-    coded = [index[node.operator]]
+    coded: list[Any] = [index[node.operator]]
     coded += [] if own else [_encode_value(argument, at) for argument in node.arguments]
     if node.keywords:
         coded.append({name: _encode_value(value, at) for name, value in node.keywords.items()})

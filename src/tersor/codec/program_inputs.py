@@ -53,7 +53,9 @@ class Arguments:
                 )
         return given
 
-    def _walk(self, tree: Any, value: Any, name: str, found: list[Any], sizes: dict[int, Any]) -> None:
+    def _walk(
+        self, tree: Any, value: Any, name: str, found: list[Any], sizes: dict[int, Any]
+    ) -> None:
         if isinstance(tree, Slot):
             if not isinstance(value, Tensor):
                 raise ModelError(f'input "{name}" must be a tensor, not {type(value).__name__}')
@@ -96,7 +98,9 @@ class Arguments:
         if free < low or (high is not None and free > high):
             least = low * size.factor + size.offset
             most = "" if high is None else f"..{high * size.factor + size.offset}"
-            raise ModelError(f"{where} is {actual}; the model works for {least}{most or ' and more'}")
+            raise ModelError(
+                f"{where} is {actual}; the model works for {least}{most or ' and more'}"
+            )
         if sizes.setdefault(size.symbol, free) != free:
             raise ModelError(
                 f"{where} is {actual}, which does not agree with the other inputs; "

@@ -112,8 +112,8 @@ def _program(fields: dict[str, Any], constants: Mapping[str, Tensor]) -> Program
     first = len(slots(inputs))
     nodes = _nodes(_list(fields["nodes"], "nodes"), operators, first, (len(weights), len(names)))
     dtype = DTYPES.get(_text(fields["dtype"]))
-    _expect(dtype is not None and dtype.is_floating_point, "the dtype is not a floating one")
-    assert dtype is not None  # noqa: S101 - narrows the type for the checker
+    if dtype is None or not dtype.is_floating_point:
+        raise BrokenRule("the dtype is not a floating one")
     return Program(
         inputs=inputs,
         sizes=sizes,
@@ -235,7 +235,8 @@ def _branches(kind: str, content: Any, read: Any) -> Any:
 
 
 def _tagged(coded: Any) -> tuple[str, Any]:
-    _expect(isinstance(coded, dict) and len(coded) == 1, "a structure is not {kind: content}")
+    if not isinstance(coded, dict) or len(coded) != 1:
+        raise BrokenRule("a structure is not {kind: content}")
     return next(iter(coded.items()))
 
 
@@ -289,7 +290,7 @@ def _pair(value: Any, what: str) -> tuple[Any, Any]:
 
 
 def _index(value: Any, count: int, what: str) -> int:
-    _expect(type(value) is int and 0 <= value < count, f"{value!r:.60} is not the number of a {what}")
+    _expect(type(value) is int and 0 <= value < count, f"{value!r:.60} is no {what}'s number")
     return int(value)
 
 

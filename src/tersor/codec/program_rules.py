@@ -37,13 +37,13 @@ _UNDECLARED_VIEWS |= {"meshgrid", "pad", "native_layer_norm"}
 @dataclass(slots=True)
 class _Value:
     kind: str
-    owner: int
-    """Number of the value whose memory this one may share."""
+    owners: frozenset[int]
+    """Numbers of the values whose memory this one may share."""
 
 
 def check_program(program: Program) -> None:
     """Raises BrokenRule on the first node or output that breaks a rule."""
-    values = [_Value(TENSOR, index) for index in range(len(slots(program.inputs)))]
+    values = [_Value(TENSOR, frozenset({index})) for index in range(len(slots(program.inputs)))]
     stored: set[int] = set()
     for node in program.nodes:
         try:
@@ -62,11 +62,11 @@ def _checked(node: Node, values: list[_Value], stored: set[int]) -> _Value:
     if not known(node.operator):
         raise BrokenRule("the operator is not on the list of those a program may use")
     if node.operator in (WEIGHT, CONSTANT):
-        return _Value(TENSOR, here)
+        return _Value(TENSOR, frozenset({here}))
     if node.operator.startswith("sym."):
         _expect(not node.keywords and 1 <= len(arguments) <= 3, "takes one to three numbers")
         _expect(all(_fits("number", a, values) for a in arguments), "takes numbers only")
-        return _Value(NUMBER, here)
+        return _Value(NUMBER, frozenset())
     if node.operator in (ITEM, SIZE, NUMEL):
         return _own(node, values, here)
     return _aten(node, values, stored)
@@ -80,8 +80,8 @@ def _own(node: Node, values: list[_Value], here: int) -> _Value:
     _expect(isinstance(source, Ref) and values[source.index].kind == wanted, f"needs {wanted}")
     _expect(count == 1 or type(node.arguments[1]) is int, "needs an integer index")
     if node.operator == ITEM:
-        return _Value(TENSOR, values[source.index].owner)
-    return _Value(NUMBER, here)
+        return _Value(TENSOR, values[source.index].owners)
+    return _Value(NUMBER, frozenset())
 
 
 def _aten(node: Node, values: list[_Value], stored: set[int]) -> _Value:
@@ -89,11 +89,13 @@ def _aten(node: Node, values: list[_Value], stored: set[int]) -> _Value:
     positional = [argument for argument in schema.arguments if not argument.kwarg_only]
     _expect(len(node.arguments) <= len(positional), f"takes at most {len(positional)} arguments")
     named = {argument.name: argument for argument in schema.arguments}
-    given = {argument.name: value for argument, value in zip(positional, node.arguments, strict=False)}
+    given = {
+        argument.name: value for argument, value in zip(positional, node.arguments, strict=False)
+    }
     for name, value in node.keywords.items():
         _expect(name in named and name not in given, f'has no free argument "{name}"')
         given[name] = value
-    owner = len(values)
+    owners = frozenset({len(values)})
     packet = node.operator.partition(".")[0]
     for name, argument in named.items():
         if name not in given:
@@ -103,26 +105,30 @@ def _aten(node: Node, values: list[_Value], stored: set[int]) -> _Value:
         _expect(_fits(kind, value, values), f'argument "{name}" must be {kind}, not {value!r:.60}')
         memory = argument.alias_info
         if memory is not None or packet in _UNDECLARED_VIEWS:
-            owner = _owner(value, values, owner)
+            owners |= _owners(value, values)
         if memory is not None and memory.is_write:
-            _expect(owner not in stored, "writes to a weight, buffer or constant of the model")
+            _expect(
+                owners.isdisjoint(stored), "writes to a weight, buffer or constant of the model"
+            )
     _check_frozen(packet, given)
     returned = [str(result.type) for result in schema.returns]
     if returned in (["Tensor"], ["List[Tensor]"]) or len(returned) > 1:
-        return _Value(TENSOR if returned == ["Tensor"] else SEQUENCE, owner)
-    return _Value(NUMBER, len(values))
+        return _Value(TENSOR if returned == ["Tensor"] else SEQUENCE, owners)
+    return _Value(NUMBER, frozenset())
 
 
-def _owner(value: Any, values: list[_Value], default: int) -> int:
+def _owners(value: Any, values: list[_Value]) -> frozenset[int]:
     parts = value if isinstance(value, list | tuple) else (value,)
-    return next((values[part.index].owner for part in parts if isinstance(part, Ref)), default)
+    found = (values[part.index].owners for part in parts if isinstance(part, Ref))
+    return frozenset().union(*found)
 
 
 def _check_frozen(packet: str, given: Mapping[str, Any]) -> None:
     name, required = _REQUIRED.get(packet, ("", None))
     if name and name in given:
         _expect(given[name] == required, f'"{name}" must be {required}: no random numbers here')
-    if packet in _STATISTICS and (given.get("running_mean"), given.get("running_var")) != (None, None):
+    tracked = (given.get("running_mean"), given.get("running_var")) != (None, None)
+    if packet in _STATISTICS and tracked:
         name = _STATISTICS[packet]
         _expect(given.get(name) is False, f'"{name}" must be false with running statistics')
 
@@ -159,7 +165,7 @@ def _literal_fits(kind: str, value: Any) -> bool:
 
 def _check_references(value: Any, here: int) -> None:
     if isinstance(value, Ref):
-        _expect(0 <= value.index < here, f"refers to value {value.index}, which is not an earlier one")
+        _expect(0 <= value.index < here, f"refers to value {value.index}, which is not earlier")
     elif isinstance(value, list | tuple):
         for part in value:
             _check_references(part, here)

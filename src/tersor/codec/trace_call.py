@@ -63,7 +63,7 @@ class Call(nn.Module):
                 self._output_tree(part, f"{name}[{i}]", found) for i, part in enumerate(value)
             )
         raise Untraceable(
-            f"{name} is a {type(value).__name__}, not a tensor, number, tuple, list, dict or dataclass"
+            f"{name} is a {type(value).__name__}, not a tensor, number or container of these"
         )
 
     def _named(
@@ -151,12 +151,6 @@ def _bound(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[str], tuple[Any, ...], dict[str, Any]]:
     """Names of the arguments of a call, and the call with as many by position as possible."""
-    stored = getattr(model, "input_names", None)
-    if stored is not None:
-        # A rebuilt model takes anything; only its program knows the names.
-        given = dict(zip(stored, args, strict=False)) | kwargs
-        kwargs = {name: given[name] for name in stored if name in given}
-        return list(kwargs), (), kwargs
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:

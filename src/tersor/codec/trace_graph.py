@@ -70,7 +70,7 @@ class Writer:
         args = [self._value(argument, values) for argument in node.args]
         kwargs = {name: self._value(value, values) for name, value in node.kwargs.items()}
         if isinstance(target, HigherOrderOperator):
-            return self._inlined(target.name(), args)
+            return self._inlined(target._name, args)
         if isinstance(target, OpOverload):
             return self._operator(target, args, kwargs)
         if target is operator.getitem:
@@ -117,7 +117,7 @@ class Writer:
             kwargs.pop("memory_format", None)
         stored = "detach.default" if name == "detach_" else stored
         if not known(stored):
-            raise Untraceable(f"its operator aten.{stored} is not on the list of those a file may use")
+            raise Untraceable(f"its operator aten.{stored} is not on the list of those allowed")
         return self._add(stored, *self._tidy(stored, args, kwargs))
 
     def _is_plain_copy(self, name: str, args: list[Any]) -> bool:
@@ -135,7 +135,7 @@ class Writer:
         positional = [a for a in schema if not a.kwarg_only]
         while len(args) < len(positional) and positional[len(args)].name in kwargs:
             args.append(kwargs.pop(positional[len(args)].name))
-        while args and len(args) <= len(positional) and _default(positional[len(args) - 1], args[-1]):
+        while args and _default(positional[len(args) - 1], args[-1]):
             args.pop()
         ignored = ("pin_memory", "layout")
         kept = {

@@ -20,7 +20,7 @@ _SETTINGS = (
     "bool batch_first"
 )
 _STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
-_LIBRARY = torch.library.Library("tersor", "FRAGMENT")
+_LIBRARY = torch.library.Library("tersor", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def original(name: str) -> str | None:
@@ -49,7 +49,8 @@ class _Whole(TorchFunctionMode):
 def _opaque(name: str) -> Any:
     state = "Tensor[] hx" if name == "lstm" else "Tensor hx"
     results = ", ".join(["Tensor"] * (_STATES[name] + 1))
-    _LIBRARY.define(f"{name}(Tensor input, {state}, Tensor[] params, {_SETTINGS}) -> ({results})")
+    schema = f"{name}(Tensor input, {state}, Tensor[] params, {_SETTINGS}) -> ({results})"
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"tersor::{name}", _shapes, lib=_LIBRARY)
     return getattr(torch.ops.tersor, name).default
 

@@ -55,7 +55,7 @@ class Sizes:
         if not (factor.is_Integer and offset.is_Integer and factor > 0):
             return None
         free = Size(self._number(symbol), int(factor), int(offset))
-        low, high = self._limits[free.symbol]
+        high = self._limits[free.symbol][1]
         if high is not None:
             self.static.append(f"{where} is at most {high * free.factor + free.offset}")
         if free.factor != 1:
