@@ -1,0 +1,130 @@
+"""Writes a compressed model as an ONNX file whose weights stay compressed, and proves the file.
+
+What is written: codes of 5 to 8 bits as INT8 and of 1 to 4 bits as INT4, two to a byte (from opset
+25 on codes of 1 and 2 bits as INT2), with DequantizeLinear behind them; codebooks as indices with
+Gather; masks and N:M places with ScatterElements; narrow floats with Cast. Before the file gets its
+name, its initializers are read back and counted, and its outputs are compared with torch's.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.codec.trace_call import call_of
+from tersor.errors import MissingExtra, OptionError
+from tersor.export.onnx_check import Difference, Session, check_bytes, check_outputs
+from tersor.export.onnx_file import replaced, save
+from tersor.export.onnx_layers import Layer, layers_of
+from tersor.export.onnx_trace import build
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written ONNX file and what was found when it was checked.
+
+    bytes: size of the file, with the data file that stands beside it above 2 GB
+    inputs: name -> sizes; a free size has a name, a fixed one is a number
+    layers: what each weight became
+    difference: from torch where the weights are decoded when the file is loaded
+    default_difference: from torch in an ONNX Runtime session with default options, which rounds
+        activations to 8 bits in order to multiply by the codes themselves
+    """
+
+    path: Path
+    bytes: int
+    opset: int
+    runtime: str | None
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    difference: Difference | None
+    default_difference: Difference | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return plain
+
+
+def to_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example: Inputs,
+    opset: int = 21,
+    check: bool = True,
+    tolerance: float = 1e-4,
+) -> Exported:
+    """Writes `model` to `path`, each weight as small as its form. The model stays as it is.
+
+    Batch size and lengths stay free where the model leaves them free; images keep their size.
+
+    example: one batch: a tensor, a tuple for model(*x) or a dict for model(**x)
+    opset: 21 to 25; 25 also has 2-bit integers, which an older ONNX Runtime does not read
+    check: run the file and compare its outputs with torch's, on the example and on a larger batch
+    tolerance: largest difference allowed, relative to the largest output
+
+    Raises ExportError when the model cannot be exported, a weight became larger than its form, or
+    outputs differ; what was at `path` before is then still there.
+    """
+    _require(check)
+    if not 21 <= opset <= 25:
+        raise OptionError(f"opset={opset}; 4-bit weights need 21, and 25 is the last one known here")
+    if not 0 < tolerance < 1:
+        raise OptionError(f"tolerance={tolerance} is relative to the largest output; try 1e-4")
+    reference = copy.deepcopy(model).cpu().eval()
+    args, kwargs = _as_call(example)
+    with torch.no_grad(), replaced(Path(path)) as temporary:
+        wanted, tensors = call_of(reference, args, kwargs)
+        call, _ = call_of(copy.deepcopy(reference), args, kwargs)
+        graph = build(call, tensors, opset)
+        size = save(graph.model, temporary)
+        check_bytes(temporary, graph.weights)
+        found: dict[Session, Difference] = {}
+        if check:
+            found = check_outputs(wanted, tensors, temporary, graph.inputs, tolerance)
+    return Exported(
+        path=Path(path),
+        bytes=size,
+        opset=opset,
+        runtime=_runtime() if check else None,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        layers=layers_of(reference, graph.weights),
+        difference=found.get("decoded"),
+        default_difference=found.get("default"),
+    )
+
+
+def _as_call(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), {name: _on_cpu(value) for name, value in example.items()}
+    given = example if isinstance(example, tuple) else (example,)
+    return tuple(_on_cpu(value) for value in given), {}
+
+
+def _on_cpu(value: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), value)
+
+
+def _require(check: bool) -> None:
+    for package in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra("onnx", package)
+
+
+def _runtime() -> str:
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"

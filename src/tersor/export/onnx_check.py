@@ -1,0 +1,186 @@
+"""Proves a written ONNX file: what its initializers weigh, and what it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.codec.trace_call import Call
+from tersor.errors import ExportError
+from tersor.export.onnx_graph import Weight
+from tersor.export.onnx_run import session
+from tersor.surgery.hold import decoded
+
+Session = Literal["decoded", "default"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference between outputs of the file and of torch.
+
+    relative: to the largest value of that output
+    batches: sizes of the inputs that were compared
+    """
+
+    absolute: float
+    relative: float
+    batches: tuple[dict[str, tuple[int, ...]], ...]
+
+
+def check_bytes(path: Path, weights: list[Weight]) -> None:
+    """Raises ExportError unless the file has each promised initializer and no float copy of a weight."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    written = {tensor.name: tensor for tensor in graph.initializer}
+    floats: dict[int, list[np.ndarray[Any, Any]]] = {}
+    for tensor in (*graph.initializer, *_constants(graph)):
+        if tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) > 1:
+            floats.setdefault(math.prod(tensor.dims), []).append(onnx.numpy_helper.to_array(tensor))
+    for weight in weights:
+        for name, (kind, size) in weight.stored.items():
+            found = written.get(name)
+            has = "missing" if found is None else onnx.TensorProto.DataType.Name(found.data_type)
+            held = -1 if found is None else _nbytes(found)
+            if (has, held) != (kind, size):
+                raise ExportError(
+                    f'weight "{weight.name}" was to be stored as {kind} of {size} bytes in "{name}", but '
+                    f"the written file has {has} of {held} bytes; report this with the model"
+                )
+        _refuse_copy(weight, floats)
+
+
+def _refuse_copy(weight: Weight, floats: dict[int, list[np.ndarray[Any, Any]]]) -> None:
+    if weight.form is None or weight.form.shape == ():
+        return
+    rivals = floats.get(torch.Size(weight.form.shape).numel(), [])
+    if not rivals:
+        return
+    # Sorted, so that a transposed or reshaped copy is found too.
+    values = np.sort(weight.form.dense().detach().float().numpy(), axis=None)
+    if values[0] != values[-1] and any(
+        np.array_equal(np.sort(rival, axis=None), values) for rival in rivals
+    ):
+        raise ExportError(
+            f'the written file has a float copy of weight "{weight.name}" of shape '
+            f"{weight.form.shape}; report this with the model"
+        )
+
+
+def _constants(graph: Any) -> list[Any]:
+    nodes = [node for node in graph.node if node.op_type == "Constant"]
+    return [item.t for node in nodes for item in node.attribute if item.name == "value"]
+
+
+def _nbytes(tensor: Any) -> int:
+    import onnx
+
+    if tensor.HasField("raw_data"):
+        return len(tensor.raw_data)
+    return int(onnx.numpy_helper.to_array(tensor).nbytes)
+
+
+def check_outputs(
+    reference: Call,
+    tensors: list[Tensor],
+    path: Path,
+    inputs: dict[str, tuple[int | str, ...]],
+    tolerance: float,
+) -> dict[Session, Difference]:
+    """Runs file and model on the example and on other sizes; raises ExportError if they differ."""
+    batches = [tensors, *_other_sizes(reference, tensors, list(inputs.values()))]
+    with decoded(reference.model):
+        wanted = [reference(*[t.clone() for t in batch]) for batch in batches]
+    sizes = tuple(
+        dict(zip(inputs, (tuple(t.shape) for t in batch), strict=True)) for batch in batches
+    )
+    found: dict[Session, Difference] = {}
+    for kind in ("decoded", "default"):
+        try:
+            runner = session(path, decode=kind == "decoded")
+            outputs = [_run(runner, list(inputs), batch) for batch in batches]
+        except Exception as error:
+            raise ExportError(
+                f"ONNX Runtime does not run the file ({kind} session): {str(error).splitlines()[0]}; "
+                "try another opset or a newer onnxruntime"
+            ) from error
+        found[kind] = _difference(wanted, outputs, sizes)
+    relative = found["decoded"].relative
+    if not relative <= tolerance:
+        raise ExportError(
+            f"outputs of the exported file differ from torch's by {relative:.3g} of the largest "
+            f"output, more than tolerance={tolerance:g}; raise tolerance if that is acceptable"
+        )
+    return found
+
+
+def _other_sizes(
+    reference: Call, tensors: list[Tensor], sizes: list[tuple[int | str, ...]]
+) -> list[list[Tensor]]:
+    """One row more, and where lengths are free also a shorter one if the model accepts that."""
+    larger = _resized(tensors, sizes, lambda name, size: size + (name == "batch"))
+    shorter = _resized(larger, sizes, lambda name, size: size - (name != "batch") * (size // 3))
+    found = [larger] if _differ(larger, tensors) else []
+    if _differ(shorter, larger):
+        try:
+            reference(*[tensor.clone() for tensor in shorter])
+        except Exception:  # noqa: BLE001 - the model alone knows which lengths it takes
+            return found
+        found.append(shorter)
+    return found
+
+
+def _resized(
+    tensors: list[Tensor],
+    sizes: list[tuple[int | str, ...]],
+    change: Callable[[str, int], int],
+) -> list[Tensor]:
+    """The tensors with each dimension of a free size cut, or filled up with its first entries."""
+    found = []
+    for tensor, names in zip(tensors, sizes, strict=True):
+        for dim, name in enumerate(names):
+            if isinstance(name, str) and name.isidentifier() and tensor.shape[dim] > 0:
+                size = tensor.shape[dim]
+                tensor = tensor.index_select(dim, torch.arange(change(name, size)) % size)
+        found.append(tensor)
+    return found
+
+
+def _differ(one: list[Tensor], other: list[Tensor]) -> bool:
+    return any(a.shape != b.shape for a, b in zip(one, other, strict=True))
+
+
+def _run(runner: Any, names: list[str], batch: list[Tensor]) -> list[np.ndarray[Any, Any]]:
+    feed = {name: tensor.numpy() for name, tensor in zip(names, batch, strict=True)}
+    outputs: list[np.ndarray[Any, Any]] = runner.run(None, feed)
+    return outputs
+
+
+def _difference(
+    wanted: list[list[Any]],
+    found: list[list[np.ndarray[Any, Any]]],
+    sizes: tuple[dict[str, tuple[int, ...]], ...],
+) -> Difference:
+    absolute = relative = 0.0
+    for batch, outputs in zip(wanted, found, strict=True):
+        for number, (value, output) in enumerate(zip(batch, outputs, strict=True)):
+            true, seen = torch.as_tensor(value).double(), torch.from_numpy(output).double()
+            if true.shape != seen.shape:
+                raise ExportError(
+                    f"output {number} of the exported file has shape {tuple(seen.shape)} where torch has "
+                    f"{tuple(true.shape)}; fix the batch size in the model or report this with it"
+                )
+            # Equal infinities, as in a mask, are no difference.
+            gap = torch.where(true == seen, 0.0, (true - seen).abs()).nan_to_num(nan=math.inf)
+            largest = true[true.isfinite()].abs().amax().item() if true.isfinite().any() else 0.0
+            worst = gap.amax().item() if gap.numel() else 0.0
+            absolute = max(absolute, worst)
+            relative = max(relative, worst / largest if largest else worst)
+    return Difference(absolute, relative, sizes)
