@@ -16,6 +16,7 @@ from tersor.measure.running import evaluating
 from tersor.measure.sensitivity import (
     Sensitivity,
     divergence_of,
+    probing,
     reference_outputs,
     sensitivity,
     swapped,
@@ -43,6 +44,7 @@ __all__ = [
     "latency_ab",
     "macs",
     "peak_memory",
+    "probing",
     "process_peak_rss",
     "quality",
     "reference_outputs",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.forms.form import Form
 from tersor.measure.figures import Figures
-from tersor.measure.running import Inputs, batch_of, call, evaluating, tensors_in
+from tersor.measure.running import Inputs, batch_of, call, evaluating, tensors_in, unfused
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def macs(model: nn.Module, inputs: Inputs) -> Macs:
     An operator belongs to the innermost module whose forward runs it, or to the module inside that
     which owns its weight (attention's out_proj, a network rebuilt from a file).
     """
-    with evaluating(model), _unfused(), _Counter(model) as counter:
+    with evaluating(model), unfused(), _Counter(model) as counter:
         call(model, inputs)
     counts = {path: n for path, n in counter.counts.items() if n}
     return Macs(sum(counts.values()), batch_of(inputs), counts)
@@ -113,17 +112,6 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
     if not isinstance(module, Form):
         yield from (p for p in module._parameters.values() if p is not None)
         yield from (f.value() for f in module._modules.values() if isinstance(f, Form))
-
-
-@contextmanager
-def _unfused() -> Iterator[None]:
-    # The fused encoder layer hides its products in one operator.
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor, *_: Any) -> int:

@@ -53,6 +53,17 @@ def using_threads(threads: int | None) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Attention as its separate operators; the fused encoder layer hides its products in one."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """model(x), model(*tuple) or model(**dict)."""
     if isinstance(inputs, Mapping):

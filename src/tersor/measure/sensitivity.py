@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from tersor.errors import OptionError, TaskError
 from tersor.forms.form import Form
 from tersor.measure.figures import Figures
-from tersor.measure.running import Inputs, check_outputs, evaluating
+from tersor.measure.rerun import Rerun
+from tersor.measure.running import Inputs, check_outputs, evaluating, unfused
+from tersor.surgery.hold import decoded
 from tersor.surgery.walk import Site, walk
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ def reference_outputs(model: nn.Module, task: Task, inputs: Sequence[Inputs]) ->
     """The model's outputs on each batch, to measure divergence from. Raises ModelError for NaN."""
     if not inputs:
         raise TaskError("there are no calibration inputs; give the task at least one batch")
-    with evaluating(model):
+    with evaluating(model), unfused():
         return [
             check_outputs(task.predict(model, batch), model, f"calibration batch {number}")
             for number, batch in enumerate(inputs, 1)
@@ -55,7 +58,7 @@ def divergence_of(
     model: nn.Module, task: Task, inputs: Sequence[Inputs], reference: Sequence[Tensor]
 ) -> float:
     """Mean divergence of the model's outputs from `reference`; infinite if one is not a number."""
-    with evaluating(model):
+    with evaluating(model), unfused():
         return _mean(
             task.divergence(given, task.predict(model, batch))
             for batch, given in zip(inputs, reference, strict=True)
@@ -83,18 +86,52 @@ def sensitivity(
     if not options:
         raise OptionError('options={} has nothing to try; give for example {"int4": make_form}')
     batches = list(task.calibration() if inputs is None else inputs)
-    reference = reference_outputs(model, task, batches)
     results = []
-    for site in walk(model) if sites is None else sites:
-        for name, make in options.items():
-            form = make(site)
-            with swapped(site, form):
-                divergence = divergence_of(model, task, batches, reference)
-            size = -(-form.stored_bits() // 8) if size_of is None else size_of(form)
-            results.append(Sensitivity(site.name, name, divergence, size))
-            if on_result is not None:
-                on_result(results[-1])
+    with probing(model, task, batches) as divergence:
+        for site in walk(model) if sites is None else sites:
+            for name, make in options.items():
+                form = make(site)
+                size = -(-form.stored_bits() // 8) if size_of is None else size_of(form)
+                results.append(Sensitivity(site.name, name, divergence(site, form), size))
+                if on_result is not None:
+                    on_result(results[-1])
     return results
+
+
+@contextmanager
+def probing(
+    model: nn.Module, task: Task, inputs: Sequence[Inputs]
+) -> Iterator[Callable[[Site, Form], float]]:
+    """Yields `divergence(site, form)`: how far the outputs move when `form` holds that weight.
+
+    The same figures as `swapped` and `divergence_of` give, at about half the cost: what comes
+    before the weight is not computed again. Quickest when all forms of a site are tried in a row.
+    The model must stay as it is inside the block.
+    """
+    if not inputs:
+        raise TaskError("there are no calibration inputs; give the task at least one batch")
+    with evaluating(model), unfused():
+        passes = [Rerun(partial(task.predict, model, batch)) for batch in inputs]
+        for number, each in enumerate(passes, 1):
+            check_outputs(each.reference, model, f"calibration batch {number}")
+
+        def divergence(site: Site, form: Form) -> float:
+            weight = _stored(site)
+            for each in passes:
+                each.prepare(weight)
+            with swapped(site, form), decoded(model):
+                return _mean(task.divergence(each.reference, each()) for each in passes)
+
+        yield divergence
+
+
+def _stored(site: Site) -> Tensor | None:
+    """The tensor that the layers read; None where they compute it, from a parametrization say."""
+    layer, attribute = site.uses[0]
+    if site.form is not None:
+        return site.form.value()
+    tensor = layer._parameters.get(attribute)
+    return layer._buffers.get(attribute) if tensor is None else tensor
 
 
 @contextmanager
