@@ -21,6 +21,7 @@ from tersor.plan.study import measure_choices, study
 from tersor.plan.summary import check_costs, summary
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import Recipe
+from tersor.report import html
 from tersor.task import Task
 from tersor.version import VERSION
 
@@ -128,6 +129,7 @@ def _finish(bench: Bench, recipe: list[dict[str, Any]] | None) -> Result:
     for trial in bench.folder.path.glob("trial-*.tersor"):
         trial.unlink()
     write_text(bench.folder.report, json.dumps(report, indent=1))
+    html(report, bench.folder.page)
     return Result(compressed, path, bench.folder.path, report)
 
 

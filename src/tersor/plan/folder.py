@@ -37,8 +37,13 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The report as data; report.html lies beside it."""
+        """The report as data."""
         return self.path / "report.json"
+
+    @property
+    def page(self) -> Path:
+        """The report as one static page."""
+        return self.path / "report.html"
 
     def trial(self, name: str) -> Path:
         """A file that was tried; removed when the run is finished."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from math import exp, log
-from typing import Any
 
+import numpy as np
 from torch import nn
 
 from tersor.errors import BudgetError
@@ -116,7 +116,27 @@ def propose(bench: Bench, payload: int) -> Point:
     recipe = recipe_for(picked)
     if recipe and _recoverable(bench.study.model, bench.study.task):
         recipe.append({"method": "recover.batchnorm", "options": {}})
-    return bench.size(recipe, sum(choices[t][1] for choices, t in zip(options, taken, strict=True)))
+    loss = sum(choices[t][1] for choices, t in zip(options, taken, strict=True))
+    return bench.size(recipe, loss, {site.name: choice.label for site, choice in picked})
+
+
+def front(bench: Bench, point: Point, steps: int = 10) -> list[tuple[int, float]]:
+    """(bytes, loss) that the allocation expects for files from the smallest to 8-bit codes."""
+    options = bench.study.options()
+    least = sum(min(size for size, _ in choices) for choices in options)
+    sizes = {
+        site.name: dict(zip([c.label for c in choices], row, strict=True))
+        for site, choices, row in zip(
+            bench.study.sites, bench.study.choices, bench.study.sizes, strict=True
+        )
+    }
+    rest = point.bytes - sum(sizes[name][label] for name, label in point.labels.items())
+    found = []
+    for payload in np.geomspace(least, max(least, _lossless_like(options)), steps):
+        taken = allocate(options, int(payload))
+        picked = [choices[t] for choices, t in zip(options, taken, strict=True)]
+        found.append((rest + sum(size for size, _ in picked), sum(loss for _, loss in picked)))
+    return found
 
 
 def shortfalls(
@@ -174,13 +194,3 @@ def _recoverable(model: nn.Module, task: Task | None) -> bool:
 def _lossless_like(options: list[list[tuple[int, float]]]) -> float:
     """Bytes with every weight at its best choice below the unchanged one (8-bit codes, usually)."""
     return float(sum(min(choices[1:] or choices, key=lambda c: c[1])[0] for choices in options))
-
-
-def describe(bench: Bench, point: Point) -> dict[str, Any]:
-    """A point as the report shows it."""
-    return {
-        "bytes": point.bytes,
-        "divergence": point.loss,
-        "metrics": point.metrics,
-        "note": point.note,
-    }

@@ -23,9 +23,9 @@ from tersor.plan.progress import Bar
 from tersor.surgery.walk import Site, check_finite, walk
 from tersor.task import Task
 
-# Multiply-accumulates that the measurement of all choices may take, about two minutes on two cores.
+# Multiply-accumulates that the measurement of all choices may take, a minute or two on two cores.
 # Fixed, not timed, so that two runs measure on the same samples and write the same file.
-_WORK = 4e12
+_WORK = 2e12
 _FEWEST, _MOST = 32, 256
 # Elements of the original's outputs that are kept for comparison (a language model has many each).
 _KEPT = 64 * 2**20

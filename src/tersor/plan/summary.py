@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from torch import nn
 
 from tersor.errors import BudgetError
 from tersor.measure import compare, latency_ab, macs, peak_memory, size
-from tersor.plan.search import describe
+from tersor.plan.search import front
 from tersor.plan.study import Study, batch_size
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import recipe_of
+from tersor.report.image import address, picture, png
+from tersor.task import Task
 from tersor.version import VERSION
 
 
@@ -26,7 +30,7 @@ def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> di
     after = path.stat().st_size
     report: dict[str, Any] = {
         "tersor": VERSION,
-        "command": None,
+        "command": _command(),
         "model": {
             "name": type(found.model).__name__,
             "parameters": size(found.model).parameters,
@@ -43,7 +47,7 @@ def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> di
         },
         "before": {"bytes": found.size_before, "metrics": found.before},
         "after": {"bytes": after, "metrics": point.metrics},
-        "layers": _layers(found, compressed),
+        "layers": _layers(found, point, compressed),
         "sensitivity": [
             {"layer": site.name, "option": choice.label, "bytes": nbytes, "divergence": loss}
             for site, choices, sizes, losses in zip(
@@ -51,18 +55,15 @@ def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> di
             )
             for choice, nbytes, loss in zip(choices, sizes, losses, strict=True)
         ],
-        "points": [
-            {**describe(bench, p), "chosen": p.recipe == point.recipe}
-            for p in bench.points or [point]
-        ],
+        "points": _points(bench, point),
         "recipe": recipe_of(compressed).as_json(),
         "notes": list(found.notes),
         "environment": environment(),
     }
     if found.task is not None:
-        report["comparison"] = compare(
-            found.model, compressed, found.task, seed=bench.seed
-        ).as_json()
+        comparison = compare(found.model, compressed, found.task, seed=bench.seed).as_json()
+        _show_flips(found.task, comparison)
+        report["comparison"] = comparison
     report["costs"] = _costs(found, compressed)
     return report
 
@@ -133,7 +134,7 @@ def _costs(found: Study, compressed: nn.Module) -> dict[str, Any]:
     }
 
 
-def _layers(found: Study, compressed: nn.Module) -> list[dict[str, Any]]:
+def _layers(found: Study, point: Point, compressed: nn.Module) -> list[dict[str, Any]]:
     """One row a weight: what it was and what it is stored as."""
     stored = {t.name: t for t in size(compressed).tensors}
     rows = []
@@ -148,6 +149,58 @@ def _layers(found: Study, compressed: nn.Module) -> list[dict[str, Any]]:
                 "bytes_before": site.weight.numel() * site.weight.element_size(),
                 "bytes_after": -(-tensor.bits // 8) if tensor else None,
                 "form": tensor.form if tensor else None,
+                "option": point.labels.get(site.name),
             }
         )
     return rows
+
+
+def _points(bench: Bench, chosen: Point) -> list[dict[str, Any]]:
+    """Files that were written, and where the allocation expects the front between them."""
+    tried = {json.dumps(p.recipe): p for p in [*bench.written, *bench.points, chosen]}
+    rows = [
+        {
+            "bytes": p.bytes,
+            "divergence": p.loss,
+            "metrics": p.metrics,
+            "chosen": p == chosen,
+            "note": "",
+        }
+        for p in tried.values()
+    ]
+    if bench.study.losses:
+        rows += [
+            {
+                "bytes": nbytes,
+                "divergence": loss,
+                "metrics": {},
+                "chosen": False,
+                "note": "expected",
+            }
+            for nbytes, loss in front(bench, chosen)
+        ]
+    return rows
+
+
+def _show_flips(task: Task, comparison: dict[str, Any]) -> None:
+    """Puts the picture of each example sample beside it, where samples look like pictures."""
+    examples = {e["index"]: e for e in ((comparison.get("flips") or {}).get("examples") or [])}
+    first = 0
+    for inputs, _ in task.test() if examples and task.has_test else ():
+        if not isinstance(inputs, torch.Tensor):
+            return
+        for index in range(first, first + len(inputs)):
+            if index in examples:
+                pixels = picture(inputs[index - first].cpu().numpy())
+                if pixels is not None:
+                    examples[index]["input"] = {"image": address(png(pixels))}
+        first += len(inputs)
+
+
+def _command() -> str | None:
+    """The command line that started this run; None inside an interactive session."""
+    program = Path(sys.argv[0]).name if sys.argv else ""
+    if program in ("", "-c", "-m"):
+        return None
+    start = ["tersor"] if program in ("tersor", "__main__.py") else ["python", program]
+    return shlex.join([*start, *sys.argv[1:]])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.codec import load, save, trace
+from tersor.codec import load, program_of, save
 from tersor.errors import ExportError
 from tersor.measure import quality
 from tersor.methods import run
@@ -28,14 +28,15 @@ class Point:
 
     bytes: of the file it gave
     loss: what the allocation promised, the sum of the measured divergences
+    labels: weight -> the choice it got
     metrics: measured on the reloaded file; empty where only its size was needed
     """
 
     recipe: list[dict[str, Any]]
     bytes: int
     loss: float
+    labels: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    note: str = ""
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Bench:
     bar: Bar
     program: Any = None
     traceable: bool = True
+    written: list[Point] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
 
     def key(self, recipe: list[dict[str, Any]]) -> str:
@@ -56,7 +58,9 @@ class Bench:
         text = json.dumps([self.study.key, recipe, str(self.budget), self.seed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def size(self, recipe: list[dict[str, Any]], loss: float) -> Point:
+    def size(
+        self, recipe: list[dict[str, Any]], loss: float, labels: dict[str, str] | None = None
+    ) -> Point:
         """Writes the recipe's file and says how large it is."""
         what = {
             "what": "size",
@@ -68,7 +72,9 @@ class Bench:
         size = self.study.journal.recall(
             what, lambda: self._write(recipe, self.trial(recipe)).stat().st_size
         )
-        return Point(recipe, int(size), loss)
+        point = Point(recipe, int(size), loss, labels or {})
+        self.written.append(point)
+        return point
 
     def judge(self, point: Point) -> Point:
         """Measures the metrics of the point's file, reloaded from disk."""
@@ -140,7 +146,7 @@ class Bench:
             )
             return
         try:
-            self.program = trace(self.study.model, self.study.example)
+            self.program = program_of(self.study.model, self.study.example)
         except ExportError as error:
             self.traceable = False
             self.study.notes.append(
