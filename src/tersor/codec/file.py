@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from tersor.codec.container import Text, about, canonical, opened, read_text, write
 from tersor.codec.containers import skeleton
 from tersor.codec.contents import Shelf, collect, read_tensors, rebuild
-from tersor.codec.header import Entry, Header, as_json, coding_json, parse
+from tersor.codec.header import Entry, Header, as_json, coding_json
+from tersor.codec.header_reader import parse
 from tersor.codec.interpreter import Interpreted
 from tersor.codec.into import check_complete, place
 from tersor.codec.pack import Unreadable
@@ -92,8 +93,8 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
             model = into
         elif program is None:
             raise FileError(
-                "was saved without a graph (no example inputs, or graph=False), so it needs the model's "
-                "code; load it with load(path, into=your_model)"
+                "was saved without a graph (no example inputs, or graph=False), so it needs the "
+                "model's code; load it with load(path, into=your_model)"
             )
         else:
             model = _assembled(header.entries, items, program)
@@ -177,8 +178,8 @@ def _compare(expected: Any, found: Any, name: str) -> None:
         gap = float((x.double() - y.double()).abs().max())
         if gap > allowed:
             raise ExportError(
-                f"the stored graph of {name} gives output {number} with an error of {gap:.3g}, above "
-                f"{allowed:.3g}; store the weights alone with graph=False"
+                f"the stored graph of {name} gives output {number} with an error of {gap:.3g}, "
+                f"above {allowed:.3g}; store the weights alone with graph=False"
             )
 
 
@@ -243,6 +244,6 @@ def _check_json(option: str, value: Any) -> None:
         canonical(value)
     except (TypeError, ValueError) as error:
         raise OptionError(
-            f"{option}={value!r:.80} cannot be written as JSON ({error}); use numbers, texts, lists and "
-            "dicts, none of them NaN"
+            f"{option}={value!r:.80} cannot be written as JSON ({error}); use numbers, texts, "
+            "lists and dicts, none of them NaN"
         ) from None

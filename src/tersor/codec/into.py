@@ -1,0 +1,105 @@
+"""Puts what a file holds into a user's own module, which must have the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, KeysView
+
+from torch import Tensor, nn
+
+from tersor.codec.contents import stored
+from tersor.codec.header import Entry
+from tersor.codec.program import split_name
+from tersor.errors import FileError, ModelError
+from tersor.forms import Form
+from tersor.surgery.hold import bake, form_of, hold, release
+
+Item = tuple[Entry, Tensor | Form]
+
+
+def place(model: nn.Module, items: Iterable[Item]) -> None:
+    """Holds each form, and sets each tensor, under all its names in `model`.
+
+    Raises FileError, before changing anything, unless names and shapes are the same.
+    """
+    items = list(items)
+    _check(model, {name: item for entry, item in items for name in entry.names})
+    for entry, item in items:
+        shared: nn.Parameter | None = None
+        for name in entry.names:
+            path, leaf = split_name(name)
+            layer = model.get_submodule(path)
+            bake(layer, leaf)
+            if isinstance(item, Form):
+                hold(layer, leaf, item)
+            elif leaf in layer._buffers:
+                setattr(layer, leaf, item)
+            else:
+                shared = _set(layer, leaf, item, shared)
+
+
+def check_complete(model: nn.Module) -> None:
+    """Raises ModelError where a tensor of `model` still has no values."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                f'"{name}" of shape {tuple(tensor.shape)} is on the meta device and not part of '
+                "the state_dict, so the file does not have it; build the module on the CPU instead"
+            )
+
+
+def _set(layer: nn.Module, leaf: str, value: Tensor, shared: nn.Parameter | None) -> nn.Parameter:
+    """Makes `value` the parameter of a layer, or shares the one made for the name before."""
+    before = layer._parameters.get(leaf)
+    trained = before.requires_grad if before is not None else True
+    if shared is None:
+        shared = nn.Parameter(value, requires_grad=trained and value.is_floating_point())
+    if form_of(layer, leaf) is not None:
+        return release(layer, leaf, shared)
+    # Recurrent layers keep a list of their weights, which only assigning updates.
+    setattr(layer, leaf, shared)
+    return shared
+
+
+def _check(model: nn.Module, named: dict[str, Tensor | Form]) -> None:
+    shapes = _shapes(model, named.keys())
+    name = type(model).__name__
+    missing, unknown = shapes.keys() - named.keys(), named.keys() - shapes.keys()
+    if missing or unknown:
+        sentences = [
+            f"the file lacks {_some(missing)}, which {name} has" if missing else "",
+            f"{name} lacks {_some(unknown)}, which the file has" if unknown else "",
+        ]
+        raise FileError(
+            f"does not fit into={name}: {' and '.join(filter(None, sentences))}; build the module "
+            "with the settings that the saved one had"
+        )
+    for tensor, shape in shapes.items():
+        found = tuple(named[tensor].shape)
+        if found != shape:
+            raise FileError(
+                f'does not fit into={name}: "{tensor}" has shape {found} in the file and {shape} '
+                "in the module; build it with the settings that the saved one had"
+            )
+
+
+def _shapes(model: nn.Module, wanted: KeysView[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what `model` stores, a parametrized weight under its own name if wanted."""
+    shapes = {name: tuple(item.shape) for name, _, item in stored(model)}
+    for name in wanted - shapes.keys():
+        path, leaf = split_name(name)
+        inside = f"{path}.parametrizations.{leaf}.".removeprefix(".")
+        parts = [n for n in shapes if n.startswith(inside)]
+        parts = parts or [n for n in (f"{name}_g", f"{name}_v") if n in shapes]
+        if parts:
+            # What hold() will bake into one weight.
+            weight = getattr(model.get_submodule(path), leaf, None)
+            shapes[name] = tuple(shapes[parts[-1]] if weight is None else weight.shape)
+            for part in parts:
+                del shapes[part]
+    return shapes
+
+
+def _some(names: Collection[str]) -> str:
+    listed = sorted(names)
+    shown = ", ".join(f'"{name}"' for name in listed[:3])
+    return shown if len(listed) <= 3 else f"{shown} and {len(listed) - 3} more"
