@@ -1,4 +1,4 @@
-"""What one may do to a module: hold a weight as a form, walk its weights, fold, look at it decoded."""
+"""What one may do to a module: hold a weight as a form, walk its weights, fold, see it decoded."""
 
 from tersor.surgery.hold import decoded, form_of, held, hold, release, release_all
 from tersor.surgery.walk import Site, check_finite, in_execution_order, walk

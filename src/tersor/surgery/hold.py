@@ -30,8 +30,8 @@ def hold(layer: nn.Module, name: str, form: Form) -> nn.Module:
         expected = getattr(layer, name)
         if tuple(expected.shape) != form.shape:
             raise OptionError(
-                f'a form of shape {form.shape} cannot hold "{name}" of {type(layer).__name__}, which has '
-                f"shape {tuple(expected.shape)}; encode that weight"
+                f'a form of shape {form.shape} cannot hold "{name}" of {type(layer).__name__}, '
+                f"which has shape {tuple(expected.shape)}; encode that weight"
             )
         layer._parameters.pop(name, None)
         layer._buffers.pop(name, None)
@@ -48,7 +48,7 @@ def hold(layer: nn.Module, name: str, form: Form) -> nn.Module:
 
 
 def release(layer: nn.Module, name: str, parameter: nn.Parameter | None = None) -> nn.Parameter:
-    """The inverse of `hold`: `layer.<name>` becomes a plain parameter, decoded unless one is given."""
+    """The inverse of `hold`: `layer.<name>` is plain again, decoded unless a parameter is given."""
     form = form_of(layer, name)
     if form is None:
         raise OptionError(f'"{name}" of {type(layer).__name__} is not held by a form')
@@ -81,7 +81,7 @@ def form_of(layer: nn.Module, name: str) -> Form | None:
 
 
 def held(model: nn.Module) -> Iterator[tuple[str, Form]]:
-    """Yields ("fc1.weight", form) for each outermost form in `model`, a shared one under each name."""
+    """Yields ("fc1.weight", form) for each outermost form, a shared one under each name."""
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Form):
             continue

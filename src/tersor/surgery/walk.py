@@ -59,7 +59,8 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
     include, exclude: patterns (`*`, `?`, `[...]`) on the weight's name, its layer's path, or the
         layer's type ("layer1.*", "Linear"); a tied weight matches by any of its names
 
-    Raises OptionError for a pattern that matches nothing, ModelError for a model without weights.
+    Raises OptionError for a pattern that matches nothing or patterns that leave nothing, ModelError
+    for a model without weights.
     """
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, layer in model.named_modules(remove_duplicate=False):
@@ -68,8 +69,8 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
                 places.setdefault(identity, []).append((path, layer, attribute))
     if not places:
         raise ModelError(
-            f"{type(model).__name__} has no weights of two or more dimensions, so there is nothing to compress; "
-            "pass the trained network itself"
+            f"{type(model).__name__} has no weights of two or more dimensions, so there is nothing "
+            "to compress; pass the trained network itself"
         )
     sites = []
     for found in places.values():
@@ -84,13 +85,18 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
         )
     kept = _select(sites, include, "include") if include is not None else {s.name for s, _ in sites}
     dropped = _select(sites, exclude, "exclude") if exclude is not None else set()
+    if not kept - dropped:
+        raise OptionError(
+            f"include={include!r} and exclude={exclude!r} leave none of the {len(sites)} weights; "
+            "exclude less"
+        )
     return [site for site, _ in sites if site.name in kept - dropped]
 
 
 def in_execution_order(
     model: nn.Module, sites: Iterable[Site], run: Callable[[], Any]
 ) -> list[Site]:
-    """Sorts sites by when `run()` (one forward pass of `model`) first uses their layer; unused ones last."""
+    """Sorts sites by when `run()` (one forward pass) first uses their layer; unused ones last."""
     order: dict[nn.Module, int] = {}
     hooks = [
         m.register_forward_pre_hook(lambda m, _: order.setdefault(m, len(order)) and None)
@@ -114,7 +120,7 @@ def kind_of(layer: nn.Module) -> str:
 
 
 def _weights(layer: nn.Module) -> list[tuple[str, int]]:
-    """(attribute, identity) of the weights that `layer` itself owns, plain, held or weight-normed."""
+    """(attribute, identity) of the weights that `layer` owns: plain, held or weight-normed."""
     found = []
     for name, child in layer._modules.items():
         if isinstance(child, Form) and len(child.shape) >= 2:
@@ -151,7 +157,8 @@ def _select(sites: list[tuple[Site, set[str]]], patterns: Patterns, option: str)
         if not matched:
             raise OptionError(
                 f"{option}={pattern!r} matches no weight; the model has, for example, "
-                f"{[site.name for site, _ in sites[:3]]} of types {sorted({site.kind for site, _ in sites})}"
+                f"{[site.name for site, _ in sites[:3]]} of types "
+                f"{sorted({site.kind for site, _ in sites})}"
             )
         chosen |= matched
     return chosen
@@ -163,6 +170,6 @@ def check_finite(model: nn.Module) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
-                f'"{name}" of shape {tuple(tensor.shape)} holds {bad} values that are NaN or infinite; '
-                "load a checkpoint that trained cleanly"
+                f'"{name}" of shape {tuple(tensor.shape)} holds {bad} values that are NaN or '
+                "infinite; load a checkpoint that trained cleanly"
             )

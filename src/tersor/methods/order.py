@@ -1,0 +1,40 @@
+"""The order of a recipe: cut, factorize, sparsify, quantize or share; recoveries after the first.
+
+Each step keeps what the steps before it made. In another order a later step would undo them.
+"""
+
+from collections.abc import Sequence
+
+from tersor.errors import OptionError
+
+_RANK = {"cut": 0, "factorize": 1, "prune": 2, "quantize": 3, "share": 3}
+_WHY = {
+    "cut": "cutting channels changes the shapes that other forms were fitted to",
+    "factorize": "factors of a weight have neither its zeros nor its codes",
+    "prune": "the weights it keeps would be stored as floats again, and the codes be lost",
+}
+
+
+def check_order(before: Sequence[str], new: Sequence[str]) -> None:
+    """Raises OptionError for a step of `new` that cannot come where it stands.
+
+    before: names of the steps that the model has already been through
+    """
+    done = list(before)
+    for number, name in enumerate(new, 1):
+        family = name.partition(".")[0]
+        where = f"step {number} of {len(new)}, {name}"
+        if family == "recover" and not done:
+            raise OptionError(
+                f"{where}: nothing has been compressed yet, so there is nothing to recover; "
+                "move it behind the first compressing step"
+            )
+        rank = _RANK.get(family, -1)
+        later = [other for other in done if _RANK.get(other.partition(".")[0], -1) > rank]
+        if family in _RANK and later:
+            raise OptionError(
+                f"{where}: cannot follow {later[0]}, because {_WHY[family]}; "
+                f"move it before {later[0]}"
+                + ("" if later[0] in new else ", which this model has been through already")
+            )
+        done.append(name)

@@ -1,0 +1,108 @@
+"""Running a recipe: all steps are checked before the first one starts; the model is copied once."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor.errors import CompressError, FileError, OptionError
+from tersor.methods.order import check_order
+from tersor.methods.table import TABLE
+from tersor.recipe import Recipe, Step, check_options, recipe_of
+from tersor.surgery.walk import check_finite
+from tersor.task import Task
+
+Steps = Recipe | Sequence[Step | dict[str, Any]]
+
+
+def run(
+    model: nn.Module, recipe: Steps, task: Task | None = None, *, original: nn.Module | None = None
+) -> nn.Module:
+    """Applies a recipe to a copy of `model` and returns the copy; `model` stays as it is.
+
+    recipe: a Recipe, or a list of steps such as {"method": "quantize.rtn", "options": {"bits": 4}}
+    task: data for the steps that ask for it
+    original: the network to stay close to, where that is not `model`
+
+    Raises OptionError before anything is done for an unknown method or option, a value that does
+    not fit, or an order that cannot work. An error inside a step says which step it was.
+    """
+    steps = _steps(recipe)
+    if not steps:
+        raise OptionError("the recipe has no steps; give at least one")
+    check(steps, before=[step.method for step in recipe_of(model).steps])
+    check_finite(model)
+    out = copy.deepcopy(model)
+    for number, step in enumerate(steps, 1):
+        function = TABLE[step.method]
+        where = _where(number, steps)
+        options = dict(step.options)
+        if "original" in signature(function).parameters:
+            options["original"] = original or model
+        try:
+            out = function(out, task, **options)
+        except CompressError as error:
+            error.args = (f"{where}: {error}",)
+            raise
+        except Exception as error:
+            error.add_note(f"in {where}")
+            raise
+    return out
+
+
+def replay(model: nn.Module, recipe: Steps | str | Path, task: Task | None = None) -> nn.Module:
+    """Does to `model` again what a recipe says: the same model and task give the same bits.
+
+    recipe: the recipe, a .tersor file that notes one, or a .json file with a list of steps
+    """
+    return run(model, _read(Path(recipe)) if isinstance(recipe, str | Path) else recipe, task)
+
+
+def check(steps: Sequence[Step], *, before: Sequence[str] = ()) -> None:
+    """Raises OptionError unless every step can be run, in this order."""
+    for number, step in enumerate(steps, 1):
+        if step.method not in TABLE:
+            near = get_close_matches(step.method, TABLE, 1, 0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise OptionError(
+                f"step {number} of {len(steps)}: there is no method {step.method!r}; {hint}"
+                f"The methods are {sorted(TABLE)}"
+            )
+        try:
+            check_options(TABLE[step.method], step.options)
+        except OptionError as error:
+            raise OptionError(f"{_where(number, steps)}: {error}") from None
+    check_order(before, [step.method for step in steps])
+
+
+def _steps(recipe: Steps) -> list[Step]:
+    if isinstance(recipe, Recipe):
+        return recipe.steps
+    if isinstance(recipe, str | dict) or not isinstance(recipe, Sequence):
+        raise OptionError(f"a recipe is a list of steps, not {type(recipe).__name__}")
+    plain = [
+        {"method": s.method, "options": s.options} if isinstance(s, Step) else s for s in recipe
+    ]
+    return Recipe.from_json(plain).steps
+
+
+def _where(number: int, steps: Sequence[Step]) -> str:
+    return f"step {number} of {len(steps)}, {steps[number - 1].method}"
+
+
+def _read(path: Path) -> Recipe:
+    if path.suffix == ".json":
+        try:
+            return Recipe.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise FileError(f"{path} is no recipe: {error}") from None
+    from tersor.codec import read_header
+
+    return Recipe.from_json(read_header(path).recipe)

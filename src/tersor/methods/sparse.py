@@ -1,0 +1,25 @@
+"""What methods do about weights that were pruned: zeros stay zero, and stay cheap to store."""
+
+from __future__ import annotations
+
+from tersor.forms import Affine, Bitmask, Codebook, NofM
+from tersor.forms.form import Form
+from tersor.surgery.hold import hold
+
+
+def sparse_form(form: Form | None) -> Bitmask | NofM | None:
+    """The form that says which weights are zero, or None where the weight was not pruned."""
+    if form is None:
+        return None
+    return next((inner for inner in form.forms() if isinstance(inner, Bitmask | NofM)), None)
+
+
+def keep_zeros(coded: Affine | Codebook, sparse: Bitmask | NofM) -> None:
+    """Stores the codes of `coded` sparsely, as the weight was; code 0 must stand for zero."""
+    codes = coded.codes
+    if isinstance(sparse, NofM) and codes.shape[0] == sparse.shape[sparse.axis]:
+        # Affine codes are laid out as (outputs, inputs), a codebook's as the weight.
+        axis = 0 if isinstance(coded, Affine) else sparse.axis
+        hold(coded, "codes", NofM.encode(codes, n=sparse.n, m=sparse.m, axis=axis))
+    else:
+        hold(coded, "codes", Bitmask.encode(codes))

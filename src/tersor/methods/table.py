@@ -1,0 +1,17 @@
+"""Every technique by name: the one list that recipes, the planner and the command line read."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from tersor.methods.prune.magnitude import magnitude
+from tersor.methods.quantize.rtn import rtn
+from tersor.methods.recover.batchnorm import batchnorm
+from tersor.methods.share.kmeans import kmeans
+
+TABLE: dict[str, Callable[..., nn.Module]] = {
+    "prune.magnitude": magnitude,
+    "quantize.rtn": rtn,
+    "share.kmeans": kmeans,
+    "recover.batchnorm": batchnorm,
+}
