@@ -18,7 +18,7 @@ from tersor.codec.program_inputs import Arguments
 from tersor.errors import FileError, ModelError
 
 
-class Interpreted(nn.Module):
+class Interpreted(Container):
     """A network rebuilt from a stored program: call it like the original.
 
     It always computes as in evaluation mode: batch norm uses the stored statistics and dropout is
@@ -32,7 +32,7 @@ class Interpreted(nn.Module):
 
         Weights of the root itself that are to be held by forms must be held afterwards.
         """
-        super().__init__()
+        super().__init__(str(getattr(tree, "kind", type(tree).__name__)))
         self.__class__ = _signed(_signature(program))
         constants = program.constants if constants is None else constants
         self.program = program
@@ -43,7 +43,6 @@ class Interpreted(nn.Module):
         for name, buffer in tree.named_buffers(recurse=False):
             persistent = name not in tree._non_persistent_buffers_set
             self.register_buffer(name, buffer, persistent=persistent)
-        self.kind = str(getattr(tree, "kind", type(tree).__name__))
         self._program_constants = Container("constants")
         for index, name in enumerate(program.constant_names):
             if name not in constants:
@@ -75,6 +74,9 @@ class Interpreted(nn.Module):
             for index in dead:
                 values[index] = None
         return _arranged(self.program.output, values)
+
+    def _get_name(self) -> str:
+        return "Interpreted"
 
     def extra_repr(self) -> str:
         """Inputs and number of operators, for printing."""

@@ -97,11 +97,13 @@ def _aten(node: Node, values: list[_Value], stored: set[int]) -> _Value:
         given[name] = value
     owners = frozenset({len(values)})
     packet = node.operator.partition(".")[0]
-    for name, argument in named.items():
+    for place, (name, argument) in enumerate(named.items()):
         if name not in given:
             _expect(argument.has_default_value(), f'lacks its argument "{name}"')
             continue
         value, kind = given[name], str(argument.real_type)
+        # torch takes a number for the second tensor of an operator, never for the first.
+        kind = "Tensor alone" if kind == "Tensor" and place == 0 else kind
         _expect(_fits(kind, value, values), f'argument "{name}" must be {kind}, not {value!r:.60}')
         memory = argument.alias_info
         if memory is not None or packet in _UNDECLARED_VIEWS:
@@ -146,7 +148,7 @@ def _fits(kind: str, value: Any, values: list[_Value]) -> bool:
     if isinstance(value, Ref):
         found = values[value.index].kind
         numeric = found == NUMBER and kind in ("int", "float", "bool", "number", "Tensor")
-        return numeric or (found == TENSOR and kind == "Tensor")
+        return numeric or (found == TENSOR and kind in ("Tensor", "Tensor alone"))
     return _literal_fits(kind, value)
 
 

@@ -50,11 +50,12 @@ class Call(nn.Module):
         return found
 
     def _output_tree(self, value: Any, name: str, found: list[Any]) -> Any:
-        if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+        if value is None or isinstance(value, bool | str):
+            return value
+        # A number may depend on the sizes of the inputs.
+        if isinstance(value, Tensor | int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
             found.append(value)
             return Ref(len(found) - 1)
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
         fields = _fields(value)
         if fields is not None:
             return self._named(fields, name, found, record=type(value) is not dict)
