@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, wraps
-from typing import Any, Concatenate, ParamSpec, get_type_hints
+from typing import Any, Concatenate, ParamSpec, cast, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -114,7 +114,7 @@ def method(
         out.recipe = Recipe([*steps, step])  # type: ignore[assignment]
         return out
 
-    return apply
+    return cast("Callable[Concatenate[nn.Module, P], nn.Module]", apply)
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_weight_norm
@@ -36,7 +36,7 @@ def hold(layer: nn.Module, name: str, form: Form) -> nn.Module:
         layer._parameters.pop(name, None)
         layer._buffers.pop(name, None)
         layer.__dict__.pop("_flat_weights", None)
-        layer.__class__ = _holding(type(layer), name)
+        layer.__class__ = _holding(type(layer), name)  # type: ignore[arg-type]
     elif not isinstance(layer._modules.get(f"{name}_form"), Form):
         raise OptionError(
             f'{type(layer).__name__} has no parameter "{name}" to hold; it has '
@@ -123,10 +123,10 @@ def _holding(cls: type[nn.Module], name: str) -> type[nn.Module]:
     """A subclass of `cls` whose `name` is decoded from the form held beside it."""
 
     def decode(layer: nn.Module) -> Tensor:
-        return layer._modules[f"{name}_form"].value()  # type: ignore[union-attr]
+        return cast("Form", layer._modules[f"{name}_form"]).value()
 
     def reduce(layer: nn.Module, _: Any) -> tuple[Any, ...]:
-        return _revive, _held_of(type(layer)), layer.__getstate__()
+        return _revive, _held_of(type(layer)), layer.__getstate__()  # type: ignore[no-untyped-call]
 
     base, names = _held_of(cls)
     members: dict[str, Any] = {
@@ -148,7 +148,7 @@ def _held_of(cls: type[nn.Module]) -> tuple[type[nn.Module], tuple[str, ...]]:
 
 def _revived(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     for name in names:
-        cls = _holding(cls, name)
+        cls = _holding(cls, name)  # type: ignore[arg-type]
     return cls
 
 

@@ -1,8 +1,8 @@
 """Magnitude pruning: the smallest weights become zero, only the others are stored. No data needed.
 
-The baseline of pruning. Without retraining it costs little up to about 30-50 %; the mask takes a bit
-per weight back, so that `quantize.rtn` alone usually buys more for the same loss. Zeros in any place
-make no network faster by themselves.
+The baseline of pruning. Without retraining it costs little up to about 30-50 %; the mask takes a
+bit per weight back, so that `quantize.rtn` alone usually buys more for the same loss. Zeros in any
+place make no network faster by themselves.
 
 Source: Han et al. 2015, arXiv:1506.02626, section 3 (threshold per layer); Zhu and Gupta 2017,
 arXiv:1710.01878, section 3 (the threshold that gives an exact sparsity).
@@ -46,17 +46,18 @@ def magnitude(
     """
     sites = walk(model, include, exclude)
     for site in sites:
-        if site.form is not None and not isinstance(site.form, Bitmask | NofM | Dense):
+        forms = list(site.form.forms()) if site.form is not None else []
+        if not all(isinstance(form, Bitmask | NofM | Dense) for form in forms):
             raise OptionError(
-                f"{site.name!r} of shape {tuple(site.weight.shape)} is stored as {site.form.kind}; "
+                f"{site.name!r} of shape {tuple(site.weight.shape)} is stored as {forms[0].kind}; "
                 f"pruning would give its codes up. Prune first, or leave it out with "
                 f'exclude="{site.name}"'
             )
     sizes = [site.weight.abs().float().flatten() for site in sites]
-    if scope == "global":
-        kept = torch.split(largest(torch.cat(sizes), sparsity), [size.numel() for size in sizes])
-    else:
-        kept = [largest(size, sparsity) for size in sizes]
+    groups = [torch.cat(sizes)] if scope == "global" else sizes
+    kept = torch.split(
+        torch.cat([largest(group, sparsity) for group in groups]), [len(size) for size in sizes]
+    )
     for site, keep in zip(sites, kept, strict=True):
         if not keep.any():
             raise _emptied(site, sparsity, scope)
