@@ -61,13 +61,9 @@ def classification(
     labels: (n,) integers from 0. Raises TaskError for data that is empty, not finite, of unequal
     lengths or of another type.
     """
-    names = None if classes is None else [str(name) for name in classes]
     given = (test, train, calibration, holdout)
-    splits = splits_of(given, partial(as_labels, classes=names), batch_size)
-    found = chosen(metrics, CLASSIFICATION)
-    if metrics is None and (names is None or len(names) < TOP5_FROM):
-        del found["top5"]
-    return Task("classification", found, splits, classes=names)
+    splits = splits_of(given, partial(as_labels, classes=classes), batch_size)
+    return classification_of(splits, classes, metrics)
 
 
 def regression(
@@ -85,6 +81,19 @@ def regression(
     """
     splits = splits_of((test, train, calibration, holdout), as_amounts, batch_size)
     return Task("regression", chosen(metrics, REGRESSION), splits)
+
+
+def classification_of(
+    splits: Mapping[str, Split],
+    classes: Sequence[str] | None,
+    metrics: Sequence[str] | Mapping[str, Metric] | None = None,
+) -> Task:
+    """A classification task on splits that are made already."""
+    names = None if classes is None else [str(name) for name in classes]
+    found = chosen(metrics, CLASSIFICATION)
+    if metrics is None and (names is None or len(names) < TOP5_FROM):
+        del found["top5"]
+    return Task("classification", found, splits, classes=names)
 
 
 def splits_of(given: Sequence[Any], read: Reader, batch_size: int) -> dict[str, Split]:
@@ -130,6 +139,18 @@ def as_labels(value: Any, where: str, *, classes: Sequence[str] | None = None) -
     return labels
 
 
+def labels_of(name: str, labels: Any, count: int, classes: Sequence[str] | None) -> Tensor | None:
+    """The labels of `count` samples of a split; None where the split needs none."""
+    if name not in ("test", "train"):
+        return None
+    if labels is None:
+        raise TaskError(f"{name} lacks its labels; give {name}=(inputs, labels)")
+    numbers = as_labels(labels, name, classes=classes)
+    if len(numbers) != count:
+        raise TaskError(f"{name} has {count} inputs but {len(numbers)} labels; give one each")
+    return numbers
+
+
 def as_amounts(value: Any, where: str) -> Tensor:
     """(n,) or (n, k) float32 targets. Raises TaskError where they are not finite."""
     amounts = as_tensor(value, f"{where} targets").float()
@@ -164,7 +185,7 @@ def _split(source: Any, name: str, read: Reader, batch_size: int) -> Split:
             return _checked(*_parted(item, name, labelled), name, read)
 
         return Stream(again(source, name), batch)
-    pair = isinstance(source, tuple | list) and len(source) == 2
+    pair = isinstance(source, tuple | list if labelled else tuple) and len(source) == 2
     if labelled and not pair:
         raise TaskError(f"{name}={_type(source)} lacks its targets; give {name}=(inputs, targets)")
     inputs, targets = source if pair else (source, None)
