@@ -10,8 +10,11 @@ from tersor.plan.allocate import allocate
 
 
 def brute_force(options, limit):
-    plans = [p for p in product(*(range(len(c)) for c in options))
-             if sum(c[i][0] for c, i in zip(options, p, strict=True)) <= limit]
+    plans = [
+        p
+        for p in product(*(range(len(c)) for c in options))
+        if sum(c[i][0] for c, i in zip(options, p, strict=True)) <= limit
+    ]
     return min(sum(c[i][1] for c, i in zip(options, p, strict=True)) for p in plans)
 
 
@@ -26,17 +29,29 @@ def size_of(options, taken):
 @pytest.mark.parametrize("seed", range(20))
 def test_the_plan_is_the_best_of_all_plans(seed):
     rng = np.random.default_rng(seed)
-    options = [[(int(s), float(loss)) for s, loss in zip(rng.integers(1, 400, 5), rng.random(5), strict=True)]
-               for _ in range(5)]
+    options = [
+        [
+            (int(s), float(loss))
+            for s, loss in zip(rng.integers(1, 400, 5), rng.random(5), strict=True)
+        ]
+        for _ in range(5)
+    ]
     limit = int(sum(min(s for s, _ in c) for c in options) * 1.8)
-    assert loss_of(options, allocate(options, limit)) == pytest.approx(brute_force(options, limit), abs=1e-12)
+    assert loss_of(options, allocate(options, limit)) == pytest.approx(
+        brute_force(options, limit), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_large_weights_cost_at_most_a_cell_each(seed):
     rng = np.random.default_rng(seed)
-    options = [[(int(2**bits * rng.integers(10_000, 90_000)), float(4.0**-bits * rng.random()))
-                for bits in range(5)] for _ in range(6)]
+    options = [
+        [
+            (int(2**bits * rng.integers(10_000, 90_000)), float(4.0**-bits * rng.random()))
+            for bits in range(5)
+        ]
+        for _ in range(6)
+    ]
     limit = int(sum(c[2][0] for c in options))
     taken = allocate(options, limit)
     assert size_of(options, taken) <= limit

@@ -7,7 +7,9 @@ from tersor.plan.budget import Budget, Limit
 
 
 def test_a_line_of_text_becomes_limits():
-    budget = Budget.parse("size=0.15x, drop=0.5, latency_ms=12ms, memory=1.5MiB, macs=300M, f1>=81.8")
+    budget = Budget.parse(
+        "size=0.15x, drop=0.5, latency_ms=12ms, memory=1.5MiB, macs=300M, f1>=81.8"
+    )
     assert budget.size == Limit(0.15, relative=True)
     assert budget.drop == Limit(0.5)
     assert budget.latency_ms == Limit(12)

@@ -40,31 +40,30 @@ def fit(bench: Bench, limit: int) -> Point:
     """The point of least loss whose file has at most `limit` bytes."""
     options = bench.study.options()
     least = sum(min(size for size, _ in choices) for choices in options)
-    payload = limit - _MARGIN
+    payload, last = limit - _MARGIN, -1
     best: Point | None = None
     nearest: Point | None = None
     for _ in range(_FITS):
-        if payload < least and (nearest is not None):
+        payload = max(payload, least)
+        if payload == last:
             break
-        point = propose(bench, max(payload, least))
+        point, last = propose(bench, payload), payload
         slack = limit - _MARGIN - point.bytes
-        if slack >= 0 and (best is None or point.loss < best.loss):
+        if slack < 0:
+            nearest = point if nearest is None or point.bytes < nearest.bytes else nearest
+        elif best is None or point.loss < best.loss:
             best = point
-        if slack < 0 and (nearest is None or point.bytes < nearest.bytes):
-            nearest = point
-        if best is not None and (best is not point or slack < max(256, limit // 500)):
+        # Near enough, or growing no longer helps.
+        if best is not None and (best is not point or point.loss == 0 or slack < limit // 500):
             break
-        if best is point and point.loss == 0:
-            break
-        payload = max(payload, least) + slack
+        payload += slack
     if best is None:
-        reached = nearest.bytes if nearest else least
+        reached = (nearest.bytes if nearest else least) + _MARGIN
+        ratio = reached / bench.study.size_before
         raise BudgetError(
-            f"size={bench.budget.size} allows {limit:,} bytes, but the smallest file that these "
-            "methods reach has "
-            f"{reached:,} bytes ({reached / bench.study.size_before:.3f}x); the size limit binds: "
-            "ask for "
-            f"size={reached / bench.study.size_before + 0.0005:.3f}x or more"
+            f"size={bench.budget.size} allows {limit:,} bytes, but the smallest file that these methods "
+            f"reach takes {reached:,} bytes ({ratio:.3f}x); the size limit binds: ask for "
+            f"size={ratio + 0.0005:.3f}x or more"
         )
     return best
 

@@ -7,7 +7,10 @@ is the relative squared error of the weight, which knows nothing of what the net
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,12 +19,14 @@ from torch import nn
 from tersor.codec import coded_bytes
 from tersor.errors import ModelError
 from tersor.forms.form import Form
-from tersor.measure import divergence_of, macs, reference_outputs, safetensors_bytes, swapped
+from tersor.measure import macs, probing, safetensors_bytes
 from tersor.plan.choices import Choice, choices_for, form_for
 from tersor.plan.journal import Journal, model_hash
 from tersor.plan.progress import Bar
 from tersor.surgery.walk import Site, check_finite, walk
 from tersor.task import Task
+
+Loss = Callable[[Site, Form], float]
 
 # Multiply-accumulates that the measurement of all choices may take, a minute or two on two cores.
 # Fixed, not timed, so that two runs measure on the same samples and write the same file.
@@ -68,7 +73,7 @@ class Study:
 
 
 def study(model: nn.Module, task: Task | None, example: Any, journal: Journal) -> Study:
-    """Looks at the model, measuring no choice yet. Raises ModelError for one that is unusable."""
+    """Looks at the model, measuring no choice yet. Raises ModelError for an unusable one."""
     check_finite(model)
     sites = walk(model)
     found = Study(
@@ -101,46 +106,38 @@ def study(model: nn.Module, task: Task | None, example: Any, journal: Journal) -
 def measure_choices(found: Study, bar: Bar) -> None:
     """Fills `sizes` and `losses`, each from the journal where it was measured before."""
     samples = _samples(found)
-    inputs, reference = _calibration(found, samples)
-    for site, choices in zip(found.sites, found.choices, strict=True):
-        bar.doing(f"measuring {site.name}")
-        rows = []
-        for choice in choices:
-            what = {
-                "what": "choice",
-                **found.key,
-                "site": site.name,
-                "samples": samples,
-                "steps": [[s.method, s.options] for s in choice.steps],
-            }
-            rows.append(
-                found.journal.recall(
-                    what, lambda s=site, c=choice: _measure(found, s, c, inputs, reference)
-                )
-            )
-            bar.advance()
-        found.sizes.append([int(size) for size, _ in rows])
-        found.losses.append([float(loss) for _, loss in rows])
+    with ExitStack() as stack:
+        # Only a measurement that is really missing pays for the passes of the original model.
+        probe = cache(lambda: stack.enter_context(_probe(found, samples)))
+        for site, choices in zip(found.sites, found.choices, strict=True):
+            bar.doing(f"measuring {site.name}")
+            rows = []
+            for choice in choices:
+                steps = [[step.method, step.options] for step in choice.steps]
+                what = {"what": "choice", **found.key, "site": site.name, "samples": samples}
+                measure = partial(_measure, site, choice, probe)
+                rows.append(found.journal.recall({**what, "steps": steps}, measure))
+                bar.advance()
+            found.sizes.append([int(size) for size, _ in rows])
+            found.losses.append([float(loss) for _, loss in rows])
 
 
-def _measure(
-    found: Study, site: Site, choice: Choice, inputs: list[Any], reference: list[torch.Tensor]
-) -> list[float]:
+def _measure(site: Site, choice: Choice, probe: Callable[[], Loss]) -> list[float]:
     form = form_for(site, choice)
     size = coded_bytes(form)
-    if not choice.steps:
-        return [size, 0.0]
-    if found.task is None:
-        return [size, _relative_error(site, form)]
-    with swapped(site, form):
-        loss = divergence_of(found.model, found.task, inputs, reference)
+    loss = probe()(site, form) if choice.steps else 0.0
     if not loss < float("inf"):
         raise ModelError(
             f"with {site.name!r} stored as {choice.label} the model's outputs are not finite; "
-            "leave that "
-            "layer out, or check the calibration data"
+            "leave that layer out, or check the calibration data"
         )
     return [size, max(0.0, loss)]
+
+
+def _probe(found: Study, samples: int) -> AbstractContextManager[Loss]:
+    if found.task is None:
+        return nullcontext(_relative_error)
+    return probing(found.model, found.task, found.task.calibration(samples))
 
 
 def _relative_error(site: Site, form: Form) -> float:
@@ -148,13 +145,6 @@ def _relative_error(site: Site, form: Form) -> float:
     return float(
         (form.dense().double() - weight).square().sum() / weight.square().sum().clamp(min=1e-300)
     )
-
-
-def _calibration(found: Study, samples: int) -> tuple[list[Any], list[torch.Tensor]]:
-    if found.task is None:
-        return [], []
-    inputs = found.task.calibration(samples)
-    return inputs, reference_outputs(found.model, found.task, inputs)
 
 
 def _samples(found: Study) -> int:

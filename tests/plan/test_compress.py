@@ -1,0 +1,245 @@
+"""compress(): budgets met on the written file, refused with figures, resumed after a kill."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.codec import load
+from tersor.errors import BudgetError, ModelError, OptionError, OutputError, TaskError
+from tersor.measure import quality, safetensors_bytes
+from tersor.plan import Budget, compress
+from tersor.plan import study as study_module
+from tersor.task import classification
+
+
+class Blobs(nn.Module):
+    """A small convolution net for 3 classes of noisy 8x8 patterns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(self.norm2(self.conv2(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def blobs(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(99))
+    y = torch.randint(0, 3, (n,), generator=g)
+    return patterns[y] + 1.2 * torch.randn(n, 1, 8, 8, generator=g), y
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    net = Blobs()
+    x, y = blobs(512, 1)
+    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def task():
+    return classification(train=blobs(256, 1), test=blobs(300, 2))
+
+
+def test_the_written_file_meets_size_and_drop(trained, task, tmp_path):
+    result = compress(trained, task, "size=0.6x, drop=2", run=tmp_path / "run")
+    assert result.path.stat().st_size <= 0.6 * safetensors_bytes(trained)
+    before, after = quality(trained, task), quality(load(result.path), task)
+    assert after["accuracy"].value >= before["accuracy"].value - 2
+    assert result.report["after"]["metrics"]["accuracy"] == pytest.approx(after["accuracy"].value)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["met"] is True
+    assert not list((tmp_path / "run").glob("trial-*"))
+
+
+def test_the_given_model_is_left_as_it_was(trained, task, tmp_path):
+    state = {k: v.clone() for k, v in trained.state_dict().items()}
+    compress(trained, task, "size=0.6x", run=tmp_path / "run")
+    assert list(trained.state_dict()) == list(state)
+    assert all(torch.equal(v, state[k]) for k, v in trained.state_dict().items())
+
+
+def test_with_a_drop_alone_a_looser_one_gives_a_smaller_file(trained, task, tmp_path):
+    tight = compress(trained, task, "drop=0.4", run=tmp_path / "tight")
+    loose = compress(trained, task, "drop=20", run=tmp_path / "loose")
+    assert loose.path.stat().st_size < tight.path.stat().st_size
+    floor = tight.report["before"]["metrics"]["accuracy"] - 0.4
+    assert tight.report["after"]["metrics"]["accuracy"] >= floor
+
+
+def test_two_runs_write_the_same_bytes(trained, task, tmp_path):
+    first = compress(trained, task, "size=0.6x", run=tmp_path / "a").path.read_bytes()
+    assert compress(trained, task, "size=0.6x", run=tmp_path / "b").path.read_bytes() == first
+
+
+def test_a_second_run_in_the_folder_measures_nothing_again(trained, task, tmp_path, monkeypatch):
+    first = compress(trained, task, "size=0.6x", run=tmp_path / "run").path.read_bytes()
+
+    def never(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(study_module, "_measure", never)
+    assert compress(trained, task, "size=0.6x", run=tmp_path / "run").path.read_bytes() == first
+
+
+def test_a_run_stopped_in_the_middle_goes_on_where_it_was(trained, task, tmp_path, monkeypatch):
+    whole = compress(trained, task, "size=0.6x", run=tmp_path / "whole").path.read_bytes()
+    real, calls = study_module._measure, []
+
+    def stopped(*args):
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(study_module, "_measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compress(trained, task, "size=0.6x", run=tmp_path / "run")
+    assert not (tmp_path / "run" / "model.tersor").exists()
+    again = []
+    monkeypatch.setattr(study_module, "_measure", lambda *a: again.append(a) or real(*a))
+    assert compress(trained, task, "size=0.6x", run=tmp_path / "run").path.read_bytes() == whole
+    total = sum(len(study_module.choices_for(s)) for s in study_module.walk(trained))
+    assert len(again) == total - 7
+
+
+def test_a_folder_of_another_job_is_refused_and_kept(trained, task, tmp_path):
+    kept = compress(trained, task, "size=0.6x", run=tmp_path / "run").path.read_bytes()
+    with pytest.raises(OptionError, match=r"belongs to another run \(budget differ"):
+        compress(trained, task, "size=0.7x", run=tmp_path / "run")
+    assert (tmp_path / "run" / "model.tersor").read_bytes() == kept
+
+
+def test_a_folder_with_other_files_is_refused(trained, task, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OptionError, match="holds other files and no run"):
+        compress(trained, task, "size=0.6x", run=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+def test_a_size_out_of_reach_says_what_is_reachable(trained, task, tmp_path):
+    with pytest.raises(BudgetError, match=r"the smallest file.*the size limit binds"):
+        compress(trained, task, "size=500", run=tmp_path / "run")
+    assert not (tmp_path / "run" / "model.tersor").exists()
+
+
+def test_size_and_quality_together_out_of_reach_say_which_binds(trained, tmp_path):
+    # Labels are the model's own answers, so every answer that changes is a loss.
+    x = blobs(300, 2)[0]
+    strict = classification(train=blobs(256, 1), test=(x, trained(x).argmax(1)))
+    with pytest.raises(BudgetError) as refused:
+        compress(trained, strict, "size=500", run=tmp_path / "probe")
+    reachable = re.search(r"ask for (size=[0-9.]+x)", str(refused.value))[1]
+    with pytest.raises(BudgetError, match=r"accuracy is .* must be at least 100 .*binds") as refused:
+        compress(trained, strict, f"{reachable}, drop=0", run=tmp_path / "run")
+    assert not (tmp_path / "run" / "model.tersor").exists()
+    larger = re.search(r"ask for (size=[0-9.]+x)", str(refused.value))[1]
+    assert compress(trained, strict, f"{larger}, drop=0", run=tmp_path / "larger").report["met"]
+
+
+def test_a_floor_above_the_original_is_refused(trained, task, tmp_path):
+    with pytest.raises(BudgetError, match=r"accuracy>=100.5 is out of reach: the original"):
+        compress(trained, task, "size=0.6x, accuracy>=100.5", run=tmp_path / "run")
+
+
+@pytest.mark.parametrize("limit", ["macs=0.5x", "memory=0.1x"])
+def test_limits_that_storage_cannot_change_bind_and_say_so(trained, task, tmp_path, limit):
+    with pytest.raises(BudgetError, match=f"the {limit.partition('=')[0]} limit binds"):
+        compress(trained, task, f"size=0.6x, {limit}", run=tmp_path / "run")
+
+
+def test_without_data_it_works_and_says_what_that_costs(trained, tmp_path):
+    result = compress(
+        trained, None, "size=0.6x", run=tmp_path / "run", example=torch.randn(2, 1, 8, 8)
+    )
+    assert result.path.stat().st_size <= 0.6 * safetensors_bytes(trained)
+    assert any("No data was given" in note for note in result.report["notes"])
+    blind = compress(trained, None, "size=0.6x", run=tmp_path / "blind")
+    assert any("weights alone" in note for note in blind.report["notes"])
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(load(blind.path, into=Blobs()).eval()(x), blind.model(x))
+
+
+def test_quality_limits_without_data_are_refused(trained, tmp_path):
+    with pytest.raises(TaskError, match="drop= in the budget needs data"):
+        compress(trained, None, "size=0.6x, drop=1", run=tmp_path / "run")
+
+
+def test_a_recipe_can_be_given(trained, task, tmp_path):
+    recipe = [{"method": "quantize.rtn", "options": {"bits": 8}}]
+    result = compress(trained, task, "drop=5", run=tmp_path / "run", recipe=recipe)
+    assert [s["method"] for s in result.report["recipe"]] == ["quantize.rtn"]
+    with pytest.raises(BudgetError, match="the given recipe does not meet"):
+        compress(trained, task, "size=0.3x", run=tmp_path / "other", recipe=recipe)
+
+
+def test_weights_that_are_not_numbers_are_refused(task, tmp_path):
+    net = Blobs().eval()
+    with torch.no_grad():
+        net.conv2.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r'"conv2.weight" of shape \(32, 16, 3, 3\) holds 1 value'):
+        compress(net, task, "size=0.6x", run=tmp_path / "run")
+
+
+def test_a_model_without_weights_is_refused(task, tmp_path):
+    with pytest.raises(ModelError, match="nothing to compress"):
+        compress(nn.Sequential(nn.ReLU()), None, "size=0.6x", run=tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(trained, task, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        compress(trained, task, "size=0.6x", run=tmp_path / "file" / "run")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_file_is_the_same(tmp_path):
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import torch; torch.set_num_threads(1);"
+        "from test_compress import Blobs, blobs; from tersor.plan import compress;"
+        "from tersor.task import classification; torch.manual_seed(3); net = Blobs().eval();"
+        "compress(net, classification(train=blobs(256, 1), test=blobs(300, 2)), 'size=0.6x', "
+        "run=sys.argv[1])"
+    )
+
+    def start(folder):
+        command = [sys.executable, "-c", program, str(folder), str(Path(__file__).parent)]
+        return subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
+
+    assert start(tmp_path / "whole").wait(120) == 0
+    whole = (tmp_path / "whole" / "model.tersor").read_bytes()
+    delays = torch.rand(20, generator=torch.Generator().manual_seed(5)) * 8
+    for attempt, delay in enumerate(delays.tolist()):
+        folder = tmp_path / f"killed{attempt}"
+        running = start(folder)
+        try:
+            running.wait(delay)
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGKILL)
+            running.wait()
+        assert start(folder).wait(120) == 0
+        assert (folder / "model.tersor").read_bytes() == whole
+
+
+def test_budget_objects_and_lines_are_the_same(trained, task, tmp_path):
+    assert Budget.of({"size": "0.6x", "at_least": {"accuracy": 50}}) == Budget.parse(
+        "size=0.6x, accuracy>=50"
+    )
