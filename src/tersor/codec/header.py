@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tersor.codec.container import Stored
-from tersor.codec.pack import NAMES, Coding
+from tersor.codec.pack import Coding
+from tersor.codec.program import DTYPE_NAMES
 from tersor.version import VERSION
 
 
@@ -110,7 +111,7 @@ def as_json(
 
 def coding_json(coding: Coding) -> list[Any]:
     """What the table of chunks says first about a chunk."""
-    return [NAMES[coding.dtype], coding.bits]
+    return [DTYPE_NAMES[coding.dtype], coding.bits]
 
 
 def _tensor_json(tensor: Plain | Formed) -> Any:
@@ -119,7 +120,7 @@ def _tensor_json(tensor: Plain | Formed) -> Any:
     return {
         "form": tensor.form,
         "shape": list(tensor.shape),
-        "dtype": NAMES[tensor.dtype],
+        "dtype": DTYPE_NAMES[tensor.dtype],
         "config": tensor.config,
         "parts": [[name, _tensor_json(part)] for name, part in tensor.parts],
     }

@@ -8,7 +8,7 @@ are very compressible and the lowest mantissa bytes not at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,24 +17,15 @@ import torch
 import zstandard
 from torch import Tensor
 
+from tersor.codec.program import DTYPE_NAMES, DTYPES
 from tersor.errors import ModelError
 from tersor.forms import Form
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        *(torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2),
-    )
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 # zstd finds hardly any repeats among codes: what counts is when it starts a new Huffman table. The
 # best block splitter with long matches does that as well as level 19, at ten times its speed;
-# shorter matches win on sparse codes. The smaller of both is kept.
+# shorter matches win on sparse codes. The smaller of both is kept, for large data by a sample.
 _SETTINGS = tuple(
     zstandard.ZstdCompressionParameters(
         window_log=20,
@@ -51,6 +42,9 @@ _SETTINGS = tuple(
         (zstandard.STRATEGY_BTULTRA, 4, 1),
     )
 )
+
+# Data above the first size is judged by 64 small blocks from all over it, 1 MiB together.
+_LARGE, _BLOCKS, _BLOCK = 2**22, 64, 2**14
 
 
 class Unreadable(ValueError):
@@ -81,7 +75,7 @@ class Coding:
 
 def coding_of(tensor: Tensor, bits: int = 8) -> Coding:
     """How `tensor` is coded when its elements need `bits`, which only narrow integers heed."""
-    if tensor.dtype not in NAMES:
+    if tensor.dtype not in DTYPE_NAMES:
         raise ModelError(
             f"a tensor of shape {tuple(tensor.shape)} has type {tensor.dtype}, which a file cannot "
             f"hold; convert it to one of {sorted(DTYPES)}"
@@ -97,12 +91,11 @@ def encode(tensors: Sequence[Tensor], coding: Coding) -> list[bytes]:
     if coding.per_byte:
         return [_squeezed(_fields(_joined(_codes(t, coding.bits) for t in tensors), coding))]
     elements = _joined(_raw(t) for t in tensors).reshape(-1, coding.dtype.itemsize)
-    width = elements.shape[1]
-    planes = [_squeezed(np.ascontiguousarray(elements[:, i])) for i in range(width)]
-    if width == 1:
-        return planes
-    whole = _squeezed(elements)
-    return [whole] if len(whole) <= sum(map(len, planes)) else planes
+    if elements.size <= _LARGE:
+        return min(_whole(elements), _planes(elements), key=_total)
+    sample = _sample(elements, coding.dtype.itemsize)
+    better = min(_whole, _planes, key=lambda split: _total(split(sample)))
+    return better(elements)
 
 
 def decode(streams: Sequence[bytes | memoryview], coding: Coding, count: int) -> Tensor:
@@ -124,7 +117,10 @@ def decode(streams: Sequence[bytes | memoryview], coding: Coding, count: int) ->
 
 
 def coded_bytes(form: Form) -> int:
-    """Bytes that the tensors of `form` take in a file when each is coded by itself."""
+    """Bytes that the tensors of `form` take in a file when each is coded by itself.
+
+    A tensor of more than 4 MiB is judged by a sample; on real weights that is within 1 %.
+    """
     total = 0
     for name, bits in form.parts():
         inner = form._modules.get(f"{name}_form")
@@ -132,8 +128,19 @@ def coded_bytes(form: Form) -> int:
             total += coded_bytes(inner)
         else:
             tensor: Tensor = getattr(form, name)
-            total += sum(map(len, encode([tensor], coding_of(tensor, bits))))
+            total += _coded_bytes(tensor, coding_of(tensor, bits))
     return total
+
+
+def _coded_bytes(tensor: Tensor, coding: Coding) -> int:
+    count = tensor.numel()
+    if coding.packed_bytes(count) <= _LARGE:
+        return _total(encode([tensor], coding))
+    flat = tensor.detach().reshape(-1)
+    each = _BLOCK * max(1, coding.per_byte) // coding.dtype.itemsize
+    starts = _starts(count, each)
+    sample = torch.cat([flat[start : start + each] for start in starts])
+    return round(_total(encode([sample], coding)) * count / sample.numel())
 
 
 def _narrow(dtype: torch.dtype) -> bool:
@@ -194,14 +201,46 @@ def _unpacked(packed: Bytes, coding: Coding, count: int) -> Tensor:
     return torch.from_numpy(flat).view(coding.dtype)
 
 
+def _whole(elements: Bytes) -> list[bytes]:
+    return [_squeezed(elements)]
+
+
+def _planes(elements: Bytes) -> list[bytes]:
+    return [_squeezed(np.ascontiguousarray(elements[:, i])) for i in range(elements.shape[1])]
+
+
+def _total(streams: Sequence[bytes]) -> int:
+    return sum(map(len, streams))
+
+
 def _squeezed(array: Bytes) -> bytes:
     """The bytes through zstd, or as they are where that is no smaller."""
-    raw = array.tobytes()
-    best = raw
-    for settings in _SETTINGS:
-        coded = zstandard.ZstdCompressor(compression_params=settings).compress(raw)
-        best = coded if len(coded) < len(best) else best
-    return best
+    if array.size <= _LARGE:
+        return min((coder(array) for coder in _CODERS), key=len)
+    sample = _sample(array.reshape(-1, 1), 1)
+    smallest = min(_CODERS, key=lambda coder: len(coder(sample)))
+    return min(smallest(array), bytes(array), key=len)
+
+
+def _with(settings: zstandard.ZstdCompressionParameters) -> Callable[[Bytes], bytes]:
+    def compress(array: Bytes) -> bytes:
+        return zstandard.ZstdCompressor(compression_params=settings).compress(array.data)
+
+    return compress
+
+
+_CODERS: tuple[Callable[[Bytes], bytes], ...] = (bytes, *map(_with, _SETTINGS))
+
+
+def _sample(elements: Bytes, width: int) -> Bytes:
+    """Blocks of (elements, width), evenly spaced."""
+    each = _BLOCK // width
+    starts = _starts(len(elements), each)
+    return np.concatenate([elements[start : start + each] for start in starts])
+
+
+def _starts(count: int, each: int) -> list[int]:
+    return [i * (count - each) // (_BLOCKS - 1) for i in range(_BLOCKS)]
 
 
 def _expanded(stream: bytes | memoryview, size: int) -> Bytes:
