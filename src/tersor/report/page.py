@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tersor.errors import FileError, OutputError
+from tersor.errors import FileError
 from tersor.report import facts
 from tersor.report.markup import Markup, tag
 from tersor.report.sections import sections
+from tersor.report.store import write_text
 
 Data = dict[str, Any]
 
@@ -21,16 +22,7 @@ def html(report: Data, path: str | os.PathLike[str]) -> Path:
     if len(text.encode()) > LARGEST:
         # Pictures weigh most; everything else is bounded by the number of rows shown.
         text = render(report, pictures=False)
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}; name a folder that can"
-        ) from error
-    return path
+    return write_text(path, text)
 
 
 def render(report: Data, *, pictures: bool = True) -> str:

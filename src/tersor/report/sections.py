@@ -206,7 +206,14 @@ def _example(example: Data, pictures: bool) -> Markup:
 
 def _recipe(report: Data) -> Markup:
     steps = [
-        tag("li", tag("code", step["method"]), f" {figures.plain(step.get('options') or {})}")
+        tag(
+            "li",
+            tag("code", step["method"]),
+            f" {figures.plain(step.get('options') or {})}",
+            tag("div", figures.plain(step["outcome"]), class_="soft")
+            if step.get("outcome")
+            else "",
+        )
         for step in report.get("recipe") or []
     ]
     return (

@@ -38,10 +38,15 @@ def report_view(report: Data) -> RenderableType:
         *_limits(report),
         *_layers(report.get("layers") or []),
         *_flips(report.get("comparison") or {}),
-        *_notes(facts.notes(report)),
+        *notes_view(facts.notes(report)),
     ]
-    if report.get("command"):
-        parts.append(Text.assemble(("again: ", "dim"), str(report["command"])))
+    files = {**(report.get("files") or {}), "again": report.get("command")}
+    parts += [
+        # Not wrapped, so that a path or a command can be copied whole.
+        Text(f"{name}: {value}", no_wrap=True, overflow="ignore")
+        for name, value in files.items()
+        if value
+    ]
     return Group(*parts)
 
 
@@ -51,7 +56,7 @@ def comparison_view(comparison: Data) -> RenderableType:
         _before_after(facts.quality(comparison)),
         *_classes(comparison.get("per_class") or []),
         *_flips(comparison),
-        *_notes([str(note) for note in comparison.get("notes") or ()]),
+        *notes_view([str(note) for note in comparison.get("notes") or ()]),
     )
 
 
@@ -135,5 +140,6 @@ def _flips(comparison: Data) -> list[RenderableType]:
     return [Text(), Text(text)]
 
 
-def _notes(notes: list[str]) -> list[RenderableType]:
+def notes_view(notes: list[str]) -> list[RenderableType]:
+    """What must not be overlooked."""
     return [Text(), *(Text(f"note: {note}", style="yellow") for note in notes)] if notes else []

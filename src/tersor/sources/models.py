@@ -1,0 +1,137 @@
+"""Models as the command line names them.
+
+file.py:factory, package.module:factory    Python code that is run; a module or (module, example)
+folder                                     a Hugging Face folder with safetensors weights
+hub:organization/name[@revision]           the same, fetched from the hub
+file.pt2                                   an exported program; opened by torch, trusted like code
+file.tersor                                a compressed model; nothing in it is executed
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor.errors import ModelError
+from tersor.sources.code import made_by, said
+from tersor.surgery import held
+
+KINDS = (
+    "file.py:factory, package.module:factory, a Hugging Face folder, hub:org/name, .pt2, .tersor"
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and what its source knows beside it.
+
+    name: what reports call it
+    example: inputs to trace it with, where the source has any
+    folder: where its tokenizer lies, for models of a Hugging Face folder
+    """
+
+    model: nn.Module
+    name: str
+    example: Any = None
+    folder: Path | None = None
+
+
+def open_model(spec: str, *, like: nn.Module | None = None) -> Opened:
+    """Opens the model that `spec` names, in evaluation mode.
+
+    like: the network that a .tersor file without a stored graph belongs to
+
+    Raises ModelError saying what is wrong with it, FileError for a damaged .tersor file.
+    """
+    path = Path(spec)
+    if spec.startswith("hub:"):
+        opened = _from_hub(spec)
+    elif path.suffix in _FILES and path.is_file():
+        opened = _FILES[path.suffix](path, like)
+    elif path.is_dir():
+        from tersor.sources.huggingface import from_folder
+
+        opened = from_folder(path)
+    elif path.is_file() and path.suffix != ".py":
+        raise ModelError(_not_a_network(path))
+    elif ":" in spec or path.suffix == ".py" or spec.replace(".", "").isidentifier():
+        opened = _from_code(spec)
+    else:
+        raise ModelError(
+            f"{spec} does not exist; a model is {KINDS}, and paths start from {Path.cwd()}"
+        )
+    return _checked(opened, spec)
+
+
+def _checked(opened: Opened, spec: str) -> Opened:
+    model = opened.model
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{spec} gave {type(model).__name__}, not a torch.nn.Module; return the network "
+            "itself, or (network, example inputs)"
+        )
+    if not any(True for _ in model.parameters()) and not any(True for _ in held(model)):
+        raise ModelError(
+            f"{spec} gave a {type(model).__name__} without parameters, so there is nothing to "
+            "compress or measure; return the trained network itself"
+        )
+    return replace(opened, model=model.eval())
+
+
+def _from_code(spec: str) -> Opened:
+    found = made_by(spec, ModelError)
+    name = spec.rpartition(":")[2]
+    if isinstance(found, tuple) and len(found) == 2:
+        return Opened(found[0], name, example=found[1])
+    return Opened(found, name)
+
+
+def _from_tersor(path: Path, like: nn.Module | None) -> Opened:
+    from tersor.codec import load, read_header
+
+    header = read_header(path)
+    if header.program_bytes:
+        return Opened(load(path), path.stem)
+    if like is None:
+        raise ModelError(
+            f"{path} holds weights without a graph, so the network's code is needed; name it with "
+            "--like file.py:factory"
+        )
+    return Opened(load(path, into=like), path.stem)
+
+
+def _from_exported(path: Path, _: nn.Module | None) -> Opened:
+    import torch
+
+    try:
+        program = torch.export.load(path)
+        model = torch.export.unflatten(program)
+    except Exception as fault:
+        raise ModelError(
+            f"{path} cannot be opened as an exported program: {said(fault)}; write it again with "
+            "torch.export.save"
+        ) from fault
+    args, kwargs = program.example_inputs or ((), {})
+    # Only one of the two ways to call a model is kept with it.
+    example = (kwargs or None) if not args else args[0] if len(args) == 1 and not kwargs else args
+    return Opened(model, path.stem, example=example if not (args and kwargs) else None)
+
+
+def _from_hub(spec: str) -> Opened:
+    from tersor.sources.huggingface import from_hub
+
+    return from_hub(spec.removeprefix("hub:"))
+
+
+_FILES = {".tersor": _from_tersor, ".pt2": _from_exported}
+
+
+def _not_a_network(path: Path) -> str:
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz"}
+    if path.suffix in weights:
+        return (
+            f"{path} holds weights without the network; write a function that builds the network "
+            f"and loads them, and name it as file.py:factory"
+        )
+    return f"{path} is not a model; a model is {KINDS}"
