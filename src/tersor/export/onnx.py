@@ -80,7 +80,9 @@ def to_onnx(
     """
     _require(check)
     if not 21 <= opset <= 25:
-        raise OptionError(f"opset={opset}; 4-bit weights need 21, and 25 is the last one known here")
+        raise OptionError(
+            f"opset={opset}; 4-bit weights need 21, and 25 is the last one known here"
+        )
     if not 0 < tolerance < 1:
         raise OptionError(f"tolerance={tolerance} is relative to the largest output; try 1e-4")
     reference = copy.deepcopy(model).cpu().eval()

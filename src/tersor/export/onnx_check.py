@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tersor.codec.trace_call import Call
 from tersor.errors import ExportError
 from tersor.export.onnx_graph import Weight
 from tersor.export.onnx_run import session
+from tersor.export.onnx_trace import first_line
 from tersor.surgery.hold import decoded
 
 Session = Literal["decoded", "default"]
@@ -35,7 +37,7 @@ class Difference:
 
 
 def check_bytes(path: Path, weights: list[Weight]) -> None:
-    """Raises ExportError unless the file has each promised initializer and no float copy of a weight."""
+    """Raises ExportError unless the file has each promised initializer and no float copies."""
     import onnx
 
     graph = onnx.load(path).graph
@@ -51,8 +53,9 @@ def check_bytes(path: Path, weights: list[Weight]) -> None:
             held = -1 if found is None else _nbytes(found)
             if (has, held) != (kind, size):
                 raise ExportError(
-                    f'weight "{weight.name}" was to be stored as {kind} of {size} bytes in "{name}", but '
-                    f"the written file has {has} of {held} bytes; report this with the model"
+                    f'weight "{weight.name}" was to be stored as {kind} of {size} bytes in '
+                    f'"{name}", but the written file has {has} of {held} bytes; report this with '
+                    "the model"
                 )
         _refuse_copy(weight, floats)
 
@@ -108,7 +111,7 @@ def check_outputs(
             outputs = [_run(runner, list(inputs), batch) for batch in batches]
         except Exception as error:
             raise ExportError(
-                f"ONNX Runtime does not run the file ({kind} session): {str(error).splitlines()[0]}; "
+                f"ONNX Runtime does not run the file ({kind} session): {first_line(error)}; "
                 "try another opset or a newer onnxruntime"
             ) from error
         found[kind] = _difference(wanted, outputs, sizes)
@@ -127,13 +130,13 @@ def _other_sizes(
     """One row more, and where lengths are free also a shorter one if the model accepts that."""
     larger = _resized(tensors, sizes, lambda name, size: size + (name == "batch"))
     shorter = _resized(larger, sizes, lambda name, size: size - (name != "batch") * (size // 3))
-    found = [larger] if _differ(larger, tensors) else []
-    if _differ(shorter, larger):
-        try:
-            reference(*[tensor.clone() for tensor in shorter])
-        except Exception:  # noqa: BLE001 - the model alone knows which lengths it takes
-            return found
-        found.append(shorter)
+    found: list[list[Tensor]] = []
+    for batch, before in ((larger, tensors), (shorter, larger)):
+        if any(a.shape != b.shape for a, b in zip(batch, before, strict=True)):
+            # The model alone knows which sizes it takes.
+            with contextlib.suppress(Exception):
+                reference(*[tensor.clone() for tensor in batch])
+                found.append(batch)
     return found
 
 
@@ -153,10 +156,6 @@ def _resized(
     return found
 
 
-def _differ(one: list[Tensor], other: list[Tensor]) -> bool:
-    return any(a.shape != b.shape for a, b in zip(one, other, strict=True))
-
-
 def _run(runner: Any, names: list[str], batch: list[Tensor]) -> list[np.ndarray[Any, Any]]:
     feed = {name: tensor.numpy() for name, tensor in zip(names, batch, strict=True)}
     outputs: list[np.ndarray[Any, Any]] = runner.run(None, feed)
@@ -174,8 +173,8 @@ def _difference(
             true, seen = torch.as_tensor(value).double(), torch.from_numpy(output).double()
             if true.shape != seen.shape:
                 raise ExportError(
-                    f"output {number} of the exported file has shape {tuple(seen.shape)} where torch has "
-                    f"{tuple(true.shape)}; fix the batch size in the model or report this with it"
+                    f"output {number} of the exported file has shape {tuple(seen.shape)} where "
+                    f"torch has {tuple(true.shape)}; report this with the model"
                 )
             # Equal infinities, as in a mask, are no difference.
             gap = torch.where(true == seen, 0.0, (true - seen).abs()).nan_to_num(nan=math.inf)

@@ -43,6 +43,11 @@ def save(model: Any, path: Path) -> int:
     import onnx_ir
 
     tensors = (value.const_value for value in model.graph.initializers.values())
-    large = sum(tensor.nbytes for tensor in tensors if tensor is not None) > SINGLE_FILE_LIMIT
-    onnx_ir.save(model, path, external_data=f"{path.name}.data" if large else None)
+    if sum(tensor.nbytes for tensor in tensors if tensor is not None) > SINGLE_FILE_LIMIT:
+        onnx_ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        proto = onnx_ir.to_proto(model)
+        # The shapes of initializers, which they have themselves.
+        del proto.graph.value_info[:]
+        path.write_bytes(proto.SerializeToString(deterministic=True))
     return sum(file.stat().st_size for file in path.parent.iterdir())

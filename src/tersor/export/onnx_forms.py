@@ -1,4 +1,4 @@
-"""How each form is written in ONNX: small initializers, and the operators that make a weight of them.
+"""How each form is written in ONNX: small initializers, and operators that make a weight of them.
 
 A runtime may fold those operators when it loads the file, or fuse them into its own kernels; what
 counts here is that the file holds the codes and never a float copy of the weight.
@@ -79,14 +79,16 @@ def lower(form: Form, writer: Writer, role: str = "", bits: int | None = None) -
 
     bits: what an element needs, where the enclosing form knows better than the tensor's type
     """
-    return LOWERINGS[type(form)](form, writer, role, bits)
+    return LOWERINGS[form.kind](form, writer, role, bits)
 
 
 def part(form: Form, name: str, writer: Writer, role: str, bits: int | None = None) -> Any:
     """A tensor of `form`, lowered in turn where another form holds it; dtype as in torch."""
     inner = form._modules.get(f"{name}_form")
-    if isinstance(inner, Form):
+    if isinstance(inner, Form) and inner.kind in LOWERINGS:
         return lower(inner, writer, f"{role}{name}.", bits)
+    if isinstance(inner, Form):
+        writer.notes.append(f"{name} decoded: the form {inner.kind!r} has no lowering")
     tensor = getattr(form, name).detach()
     bits = bits or dict(form.parts())[name]
     value = writer.store(f"{role}{name}", tensor, bits)
@@ -168,7 +170,7 @@ def affine(form: Affine, writer: Writer, role: str = "", *, transposed: bool = F
 def _codes(form: Affine, writer: Writer, role: str, inputs_first: bool) -> Any:
     """The codes as one value of shape (outputs, inputs) or (inputs, outputs)."""
     if _sparse_codes(form, writer):
-        value = lower(form._modules["codes_form"], writer, f"{role}codes.", form.bits)
+        value = part(form, "codes", writer, role, form.bits)
         return writer.op("Transpose", value, perm=[1, 0]) if inputs_first else value
     codes = level_codes(form)
     return writer.store(f"{role}codes", codes.T if inputs_first else codes, form.bits)
@@ -176,7 +178,8 @@ def _codes(form: Affine, writer: Writer, role: str, inputs_first: bool) -> Any:
 
 def _sparse_codes(form: Affine, writer: Writer) -> bool:
     inner = form._modules.get("codes_form")
-    if not isinstance(inner, Bitmask | NofM):
+    # One-bit symmetric codes stand for -1 and +1: none of them is a zero weight.
+    if not isinstance(inner, Bitmask | NofM) or (form.bits == 1 and form.zero is None):
         return False
     dense = torch.Size(inner.shape).numel() * stored_bits(form.bits, writer.opset)
     smaller = sparse_bits(inner, form.bits, writer.opset) < dense
@@ -271,10 +274,10 @@ def _zeros(writer: Writer, shape: Any, dtype: torch.dtype) -> Any:
     return writer.op("ConstantOfShape", shape, value=zero)
 
 
-LOWERINGS: dict[type[Form], Callable[[Any, Writer, str, int | None], Any]] = {
-    Affine: _affine,
-    Bitmask: _bitmask,
-    Codebook: _codebook,
-    Dense: _dense,
-    NofM: _nofm,
+LOWERINGS: dict[str, Callable[[Any, Writer, str, int | None], Any]] = {
+    Affine.kind: _affine,
+    Bitmask.kind: _bitmask,
+    Codebook.kind: _codebook,
+    Dense.kind: _dense,
+    NofM.kind: _nofm,
 }

@@ -71,7 +71,7 @@ def swap(model: nn.Module) -> list[Weight]:
         if form in known:
             weight, placeholder = known[form]
             weight.names.append(name)
-        elif isinstance(form, FakeAffine) or type(form) in LOWERINGS:
+        elif isinstance(form, FakeAffine) or form.kind in LOWERINGS:
             final = form.freeze() if isinstance(form, FakeAffine) else form
             placeholder = Placeholder(len(weights), form.shape, form.dtype)
             weights.append(Weight([name], final))
@@ -91,7 +91,7 @@ def _swap_parts(form: Form, name: str, weights: list[Weight]) -> None:
     """A form this exporter does not know is traced; only its tensors are kept from folding."""
     for part, bits in form.parts():
         inner, path = form_of(form, part), f"{name}.{part}"
-        if inner is not None and type(inner) not in LOWERINGS:
+        if inner is not None and inner.kind not in LOWERINGS:
             _swap_parts(inner, path, weights)
             continue
         tensor = None if inner is not None else getattr(form, part).detach()
@@ -107,7 +107,6 @@ def fill(graph: Any, weights: list[Weight], opset: int) -> None:
     for node in list(graph):
         if node.domain == DOMAIN:
             nodes.setdefault(node.attributes["index"].as_int(), []).append(node)
-    first = graph[0]
     for index, weight in enumerate(weights):
         if index not in nodes:
             weight.notes.append("unused: the forward pass never reads it")
@@ -117,7 +116,7 @@ def fill(graph: Any, weights: list[Weight], opset: int) -> None:
         for copy in copies:
             _replace(copy.outputs[0], keep.outputs[0])
         _write(weight, keep.outputs[0], writer)
-        graph.insert_before(first, writer.nodes)
+        graph.insert_before(keep, writer.nodes)
         graph.initializers.update(writer.initializers)
         weight.stored = writer.stored
         graph.remove([keep, *copies])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tersor.export.onnx_graph import Weight
-from tersor.forms import Affine, Bitmask, Codebook, Dense, Form, NofM
+from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM
 from tersor.surgery.walk import walk
 
 
@@ -48,7 +48,10 @@ def layers_of(model: nn.Module, weights: list[Weight]) -> tuple[Layer, ...]:
 
 
 def _stored(weight: Weight) -> str:
-    kinds = {name.removeprefix(f"{weight.name}."): kind.lower() for name, (kind, _) in weight.stored.items()}
+    kinds = {
+        name.removeprefix(f"{weight.name}."): kind.lower()
+        for name, (kind, _) in weight.stored.items()
+    }
     form = weight.form
     if not kinds:
         return "nothing"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tersor.export.onnx_forms import Writer, level_codes
 from tersor.forms import Affine, Bitmask, NofM
@@ -25,7 +25,9 @@ def gather_rows(form: Affine, old: Any, writer: Writer) -> None:
         writer.notes.append("the whole table is decoded when the model is loaded")
         return
     for node in uses:
-        inner = Writer(writer.name, writer.opset, writer.notes, [], writer.initializers, writer.stored)
+        inner = Writer(
+            writer.name, writer.opset, writer.notes, [], writer.initializers, writer.stored
+        )
         rows = _rows(form, node.inputs[1], inner, narrow)
         rows.type, rows.shape = node.outputs[0].type, node.outputs[0].shape
         node.outputs[0].replace_all_uses_with(rows, replace_graph_outputs=True)
@@ -34,7 +36,7 @@ def gather_rows(form: Affine, old: Any, writer: Writer) -> None:
 
 
 def _takes_rows(node: Any) -> bool:
-    return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
+    return bool(node.op_type == "Gather") and node.attributes.get_int("axis", 0) == 0
 
 
 def _has_plain_rows(form: Affine) -> bool:
@@ -49,8 +51,12 @@ def _rows(form: Affine, ids: Any, writer: Writer, narrow: bool) -> Any:
     width, groups, rank = form.shape[1], form.scale.shape[1], len(ids.shape)
     codes = level_codes(form)
     if narrow:
-        levels = _unpacked(writer.op("Gather", writer.store("codes", pack(codes)), ids), writer, rank)
-        levels = writer.op("Sub", writer.cast(levels, torch.float32), _number(writer, "middle", 8.0))
+        levels = _unpacked(
+            writer.op("Gather", writer.store("codes", pack(codes)), ids), writer, rank
+        )
+        levels = writer.op(
+            "Sub", writer.cast(levels, torch.float32), _number(writer, "middle", 8.0)
+        )
     else:
         table = writer.store("codes", codes, form.bits)
         levels = writer.cast(writer.op("Gather", table, ids), torch.float32)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.codec.interpreter import Record
+from tersor.codec.containers import Record
 from tersor.errors import ExportError, MissingExtra, ModelError
-from tersor.export.onnx_trace import METADATA
+from tersor.export.onnx_names import METADATA
+from tersor.export.onnx_trace import first_line
 
 _TYPES = {
     "tensor(float)": torch.float32,
@@ -34,7 +35,9 @@ class OnnxModel(nn.Module):
     that tersor did not write takes its inputs in the file's order and returns a tensor, or a tuple.
     """
 
-    def __init__(self, path: str | Path, *, decode: bool = True, threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, decode: bool = True, threads: int | None = None
+    ) -> None:
         """Loads the file.
 
         decode: turn weights into floats once, while loading: the outputs and roughly the speed and
@@ -53,8 +56,8 @@ class OnnxModel(nn.Module):
             raise
         except Exception as error:
             raise ExportError(
-                f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}; export it again, or "
-                "with another opset"
+                f"ONNX Runtime cannot load {path}: {first_line(error)}; export it again, or with "
+                "another opset"
             ) from error
         given = self._session.get_inputs()
         self._types = {value.name: _TYPES.get(value.type, torch.float32) for value in given}
@@ -78,7 +81,8 @@ class OnnxModel(nn.Module):
         unknown = given.keys() - self._inputs.keys()
         if unknown or len(args) > len(self._inputs):
             raise ModelError(
-                f"{self.path.name} takes {self.input_names}, not {len(args)} by position and {sorted(kwargs)}"
+                f"{self.path.name} takes {self.input_names}, not {len(args)} inputs by position "
+                f"and {sorted(kwargs)} by name"
             )
         feed: dict[str, Any] = {}
         for name, tree in self._inputs.items():
@@ -91,7 +95,9 @@ class OnnxModel(nn.Module):
     def _collect(self, tree: Any, value: Any, name: str, feed: dict[str, Any]) -> None:
         if isinstance(tree, str):
             if not isinstance(value, Tensor):
-                raise ModelError(f"input {name!r} of {self.path.name} must be a tensor, not {value!r}")
+                raise ModelError(
+                    f"input {name!r} of {self.path.name} must be a tensor, not {value!r}"
+                )
             if tree in self._types:
                 feed[tree] = value.detach().cpu().to(self._types[tree]).contiguous().numpy()
         elif isinstance(tree, Mapping):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import re
 import warnings
@@ -18,13 +17,10 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 
-from tersor.codec.program import Fixed, Named, Ref, Slot
 from tersor.codec.trace_call import Call, Untraceable
 from tersor.errors import CompressError, ExportError
 from tersor.export.onnx_graph import DOMAIN, Weight, fill, swap
-
-METADATA = "tersor.call"
-"""The key under which a file keeps how its inputs and outputs are arranged, as JSON."""
+from tersor.export.onnx_names import name_all
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ def build(call: Call, tensors: list[Tensor], opset: int) -> Graph:
     with quiet():
         model = _exported(call, tensors, opset, kind)
         fill(model.graph, weights, opset)
-    inputs, outputs = _named(model, call)
+    inputs, outputs = name_all(model, call, tensors)
     _tidied(model)
     return Graph(model, weights, inputs, outputs)
 
@@ -93,21 +89,21 @@ def _exported(call: Call, tensors: list[Tensor], opset: int, kind: str) -> Any:
             exported = torch.onnx.export(
                 program, (), dynamo=True, optimize=True, opset_version=opset, verbose=False
             )
-        except Exception as error:  # noqa: BLE001 - the exporter raises errors of many types
+        except Exception as error:  # The exporter's errors are of many types.
             reasons.append(first_line(error.__cause__ or error))
         else:
             assert exported is not None
             return exported.model
     raise ExportError(
-        f"{kind} cannot be exported to ONNX: {reasons[-1]}; write the part that it names with other "
-        "operators, or export the part of the network that runs on the device"
+        f"{kind} cannot be exported to ONNX: {reasons[-1]}; write the part that it names with "
+        "other operators, or export the part of the network that runs on the device"
     )
 
 
 def _program(
     call: Call, tensors: list[Tensor], free: Callable[[int, int], bool], oblivious: bool
 ) -> ExportedProgram:
-    kinds = {True: Dim.AUTO, False: Dim.STATIC}  # type: ignore[attr-defined]
+    kinds = {True: Dim.AUTO, False: Dim.STATIC}
     shapes = tuple(tuple(kinds[free(dim, x.dim())] for dim in range(x.dim())) for x in tensors)
     with ExitStack() as stack:
         if oblivious:
@@ -116,98 +112,17 @@ def _program(
         return torch.export.export(call, given, dynamic_shapes=(shapes,), strict=False)
 
 
-def _named(
-    model: Any, call: Call
-) -> tuple[dict[str, tuple[int | str, ...]], tuple[str, ...]]:
-    """Gives inputs, outputs and free sizes the names a user knows them by, and notes them."""
-    graph = model.graph
-    values = iter(graph.inputs)
-    arguments = {name: _input_tree(tree, name, values) for name, tree in call.inputs.items()}
-    counted: list[str] = []
-    tree = _output_tree(call.outputs, "", counted, len(graph.outputs))
-    for index, value in enumerate(graph.outputs):
-        value.name = counted[index]
-    _name_sizes(graph)
-    model.metadata_props.clear()
-    model.metadata_props[METADATA] = json.dumps({"inputs": arguments, "output": tree})
-    inputs = {value.name: _sizes(value) for value in graph.inputs}
-    return inputs, tuple(value.name for value in graph.outputs)
-
-
-def _input_tree(tree: Any, name: str, values: Iterator[Any]) -> Any:
-    """A name for each tensor, in lists and dicts as the argument has them."""
-    match tree:
-        case Slot():
-            next(values).name = name
-            return name
-        case Fixed():
-            return None
-        case Named():
-            parts = tree.fields.items()
-            return {key: _input_tree(part, f"{name}.{key}", values) for key, part in parts}
-    return [_input_tree(part, f"{name}.{index}", values) for index, part in enumerate(tree)]
-
-
-def _output_tree(tree: Any, name: str, names: list[str], count: int) -> Any:
-    """{"tensor": name}, {"list" or "tuple": [...]}, {"dict" or "record": {...}} or {"literal": x}."""
-    match tree:
-        case Ref():
-            while len(names) <= tree.index:
-                names.append(name or ("output" if count == 1 else f"output_{len(names)}"))
-            return {"tensor": names[tree.index]}
-        case Named():
-            parts = tree.fields.items()
-            fields = {k: _output_tree(part, _join(name, k), names, count) for k, part in parts}
-            return {"record" if tree.record else "dict": fields}
-        case list() | tuple():
-            parts = enumerate(tree)
-            items = [
-                _output_tree(part, _join(name, str(i)) if name else "", names, count)
-                for i, part in parts
-            ]
-            return {"list" if isinstance(tree, list) else "tuple": items}
-    return {"literal": tree}
-
-
-def _join(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part
-
-
-def _name_sizes(graph: Any) -> None:
-    """Calls the free sizes of the inputs batch, length, length_2, ... instead of s77."""
-    import onnx_ir
-
-    names: dict[str, str] = {}
-    for value in graph.inputs:
-        for dim, size in enumerate(_sizes(value)):
-            if isinstance(size, str) and size.isidentifier() and size not in names:
-                lengths = sum(name != "batch" for name in names.values())
-                other = f"length_{lengths + 1}" if lengths else "length"
-                first = dim == 0 and "batch" not in names.values()
-                names[size] = "batch" if first else other
-    for value in (*graph.inputs, *graph.outputs):
-        sizes = [
-            size
-            if isinstance(size, int)
-            else re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), size)
-            for size in _sizes(value)
-        ]
-        value.shape = onnx_ir.Shape(sizes)
-
-
-def _sizes(value: Any) -> tuple[int | str, ...]:
-    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-
-
 def _tidied(model: Any) -> None:
     """Removes what nobody reads: traces of the source code, shapes in between, unused nodes."""
     from onnx_ir.passes import common
 
     outer = {*model.graph.inputs, *model.graph.outputs}
-    for node in model.graph:
-        for value in node.outputs:
-            if value not in outer:
-                value.shape = value.type = None
+    inner = [value for node in model.graph for value in node.outputs if value not in outer]
+    plain = list(model.graph.initializers.values())
+    for value in (*inner, *plain):
+        value.shape = value.type = None
+    for value in plain:
+        value.name = value.name.removeprefix("model.")
     model.opset_imports.pop(DOMAIN, None)
     for step in (
         common.ClearMetadataAndDocStringPass(),

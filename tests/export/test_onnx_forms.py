@@ -1,0 +1,211 @@
+"""Each form, lowered alone: ONNX Runtime gives back exactly the weight torch decodes."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("onnxscript", reason="needs the extra onnx")
+pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+import onnx_ir as ir
+import onnxruntime
+
+from tersor.export.onnx_forms import Writer, affine, lower
+from tersor.export.onnx_rows import gather_rows, pack
+from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM
+from tersor.surgery import hold
+
+SHAPES = [(6, 40), (5, 3, 3, 3), (4, 2, 7), (1, 9)]
+
+
+def weight_of(shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def run(value, writer, decode=True, opset=21):
+    value.dtype = value.dtype or ir.DataType.FLOAT
+    initializers = list(writer.initializers.values())
+    graph = ir.Graph(
+        [],
+        [value],
+        nodes=writer.nodes,
+        initializers=initializers,
+        opset_imports={"": opset},
+        name="w",
+    )
+    return execute(graph, {}, decode)
+
+
+def execute(graph, feed, decode=True):
+    model = ir.Model(graph, ir_version=12 if graph.opset_imports[""] == 25 else 10)
+    ir.passes.common.NameFixPass()(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if decode:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    proto = ir.to_proto(model).SerializeToString()
+    runner = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(runner.run(None, feed)[0])
+
+
+def lowered(form, opset=21):
+    writer = Writer("w", opset)
+    return run(lower(form, writer), writer, opset=opset), writer
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 8},
+        {"bits": 8, "symmetric": False},
+        {"bits": 4, "group_size": 16},
+        {"bits": 3, "group_size": 4, "symmetric": False},
+        {"bits": 1},
+        {"bits": 1, "symmetric": False},
+        {"bits": 6, "axis": 1},
+        {"bits": 4, "axis": 1, "group_size": 4},
+        {"bits": 5, "axis": None},
+        {"bits": 2, "axis": None, "symmetric": False, "group_size": 16},
+    ],
+    ids=str,
+)
+def test_affine_codes_decode_to_the_same_bits(shape, options, decode):
+    form = Affine.encode(weight_of(shape), **options)
+    writer = Writer("w", 21)
+    assert torch.equal(run(lower(form, writer), writer, decode=decode), form.dense())
+    bits = 8 if options["bits"] > 4 else 4
+    kind = f"INT{bits}"
+    assert writer.stored["w.codes"] == (kind, math.ceil(math.prod(shape) * bits / 8))
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_two_bit_integers_take_two_bits_from_opset_25_on(bits):
+    form = Affine.encode(weight_of((6, 40)), bits=bits)
+    value, writer = lowered(form, opset=25)
+    assert torch.equal(value, form.dense())
+    assert writer.stored["w.codes"] == ("INT2", 60)
+
+
+@pytest.mark.parametrize(
+    ("axis", "group_size"), [(0, None), (0, 16), (1, 4), (1, None), (None, 16)]
+)
+def test_a_transposed_weight_is_the_transpose(axis, group_size):
+    form = Affine.encode(weight_of((6, 40)), bits=4, axis=axis, group_size=group_size)
+    writer = Writer("w", 21)
+    assert torch.equal(run(affine(form, writer, transposed=True), writer), form.dense().T)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sparse", ["bitmask", "nofm"])
+@pytest.mark.parametrize("shape", [(6, 40), (5, 4, 3, 3)])
+def test_sparse_codes_stay_sparse_where_that_is_smaller(shape, sparse, bits):
+    weight = weight_of(shape)
+    flat = weight.reshape(-1, 4)
+    flat[:, 1:] = 0
+    form = Affine.encode(weight, bits=bits)
+    codes = form.codes
+    hold(
+        form,
+        "codes",
+        Bitmask.encode(codes) if sparse == "bitmask" else NofM.encode(codes, n=1, m=4),
+    )
+    value, writer = lowered(form)
+    assert torch.equal(value, form.dense())
+    kept = int((codes != 0).sum()) if sparse == "bitmask" else codes.numel() // 4
+    assert "w.codes" not in writer.stored
+    assert writer.stored["w.codes.values"] == (f"INT{bits}", math.ceil(kept * bits / 8))
+
+
+def test_codes_with_few_zeros_are_stored_dense():
+    weight = weight_of((6, 40))
+    weight[:, 0] = 0
+    form = Affine.encode(weight, bits=4)
+    hold(form, "codes", Bitmask.encode(form.codes))
+    value, writer = lowered(form)
+    assert torch.equal(value, form.dense())
+    assert writer.stored["w.codes"] == ("INT4", 120)
+    assert writer.notes == ["zeros stored: their places would take more room"]
+
+
+@pytest.mark.parametrize(("count", "kind", "size"), [(200, "UINT8", 240), (16, "UINT4", 120)])
+def test_a_codebook_becomes_indices(count, kind, size):
+    form = Codebook.encode(weight_of((6, 40)), torch.linspace(-2, 2, count))
+    value, writer = lowered(form)
+    assert torch.equal(value, form.dense())
+    assert writer.stored["w.codes"] == (kind, size)
+    assert writer.stored["w.values"] == ("FLOAT", 4 * count)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (5, 3, 3, 3), (1, 9)])
+def test_a_mask_stays_a_mask(shape):
+    weight = torch.where(weight_of(shape) > 0.5, weight_of(shape), 0)
+    value, writer = lowered(Bitmask.encode(weight))
+    assert torch.equal(value, weight)
+    assert writer.stored["w.mask"] == ("UINT8", math.ceil(weight.numel() / 8))
+    assert writer.stored["w.values"] == ("FLOAT", 4 * int((weight != 0).sum()))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_two_of_four_stays_two_of_four(axis):
+    weight = weight_of((8, 8, 2))
+    rows = weight.movedim(axis, 0).reshape(8, 4, 4)
+    rows = torch.where(rows.abs() >= rows.abs().sort(-1).values[..., 2:3], rows, 0)
+    weight = rows.reshape(8, 8, 2).movedim(0, axis)
+    value, writer = lowered(NofM.encode(weight, n=2, m=4, axis=axis))
+    assert torch.equal(value, weight)
+    assert writer.stored["w.values"] == ("FLOAT", 4 * 64)
+    assert writer.stored["w.places"] == ("UINT4", 32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "width"),
+    [
+        (torch.float16, "FLOAT16", 2),
+        (torch.bfloat16, "BFLOAT16", 2),
+        (torch.float8_e4m3fn, "FLOAT8E4M3FN", 1),
+        (torch.float8_e5m2, "FLOAT8E5M2", 1),
+    ],
+)
+def test_narrow_floats_stay_narrow(dtype, kind, width):
+    form = Dense.encode(weight_of((6, 40)), dtype=dtype)
+    value, writer = lowered(form)
+    assert torch.equal(value, form.dense())
+    assert writer.stored == {"w.stored": (kind, 240 * width)}
+
+
+def test_a_mask_over_codes_nests():
+    weight = torch.where(weight_of((6, 40)) > 0.5, weight_of((6, 40)), 0)
+    form = Bitmask.encode(weight)
+    hold(form, "values", Affine.encode(form.values, bits=8, axis=None))
+    value, writer = lowered(form)
+    assert torch.equal(value, form.dense())
+    assert writer.stored["w.values.codes"] == ("INT8", int((weight != 0).sum()))
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("group_size", [None, 10])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_only_the_rows_asked_for_are_decoded(bits, group_size, symmetric):
+    table = weight_of((30, 40))
+    form = Affine.encode(table, bits=bits, group_size=group_size, symmetric=symmetric)
+    ids = ir.val("ids", dtype=ir.DataType.INT64, shape=["b", "t"])
+    weight = ir.val("weight", dtype=ir.DataType.FLOAT, shape=[30, 40])
+    gather = ir.node("Gather", [weight, ids])
+    out = ir.node("Identity", gather.outputs)
+    out.outputs[0].dtype = ir.DataType.FLOAT
+    graph = ir.Graph([ids], out.outputs, nodes=[gather, out], opset_imports={"": 21}, name="rows")
+    writer = Writer("w", 21)
+    gather_rows(form, weight, writer)
+    graph.initializers.update(writer.initializers)
+    wanted = torch.tensor([[0, 29, 3], [7, 7, 1]])
+    assert torch.equal(execute(graph, {"ids": wanted.numpy()}), form.dense()[wanted])
+    assert not list(weight.uses())
+    kind, size = ("UINT8", 600) if bits <= 4 else ("INT8", 1200)
+    assert writer.stored["w.codes"] == (kind, size)
+
+
+def test_packing_puts_the_first_code_in_the_low_half():
+    # -8 -> 0, 7 -> 15, -1 -> 7, 0 -> 8: bytes 0xF0 and 0x87.
+    assert pack(torch.tensor([[-8, 7, -1, 0]], dtype=torch.int8)).tolist() == [[0xF0, 0x87]]
