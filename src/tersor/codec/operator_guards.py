@@ -146,8 +146,73 @@ _COUNTS: dict[str, Callable[..., Any]] = {
     "block_diag": lambda xs: _product((sum(x.numel() for x in xs), sum(_last(x) for x in xs))),
 }
 
+
+def _fitting(run: Function, rule: Callable[..., bool]) -> Function:
+    """`run`, refused when its tensors break `rule`: torch itself would read past their ends."""
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if not rule(*args, **kwargs):
+            name = str(getattr(run, "__name__", run)).partition(".")[0]
+            raise ModelError(
+                f"the stored program calls {name} with weights whose shapes do not fit each other; "
+                "the file is damaged or hostile"
+            )
+        return run(*args, **kwargs)
+
+    return guarded
+
+
+def _recurrent(
+    x: Tensor,
+    hx: Any,
+    params: Any,
+    has_biases: bool,
+    num_layers: int,
+    *settings: Any,
+    gates: int,
+) -> bool:
+    bidirectional = settings[2]
+    states = hx if isinstance(hx, list | tuple) else [hx]
+    cells = num_layers * (2 if bidirectional else 1)
+    if len(states) != (2 if gates == 4 else 1) or num_layers < 1 or x.dim() != 3:
+        return False
+    if any(state.dim() != 3 or state.shape[0] != cells for state in states):
+        return False
+    width, hidden = states[0].shape[2], states[-1].shape[2]
+    step = 2 + 2 * has_biases + (width != hidden)
+    if len(params) != cells * step or not all(p.is_floating_point() for p in params):
+        return False
+    rows, below = gates * hidden, width * (2 if bidirectional else 1)
+    for cell in range(cells):
+        first, second, *others = params[cell * step : (cell + 1) * step]
+        inputs = x.shape[2] if cell < cells // num_layers else below
+        shapes = [(rows, inputs), (rows, width), *[(rows,)] * (2 * has_biases), (width, hidden)]
+        for given, shape in zip((first, second, *others), shapes, strict=False):
+            if tuple(given.shape) != shape or not given.numel():
+                return False
+    return True
+
+
+def _normed(v: Tensor, g: Tensor, dim: int = 0) -> bool:
+    if not (v.numel() and v.is_floating_point() and v.dtype == g.dtype and g.dim() == v.dim()):
+        return False
+    return dim in (0, v.dim() - 1) and all(
+        size == (v.shape[place] if place == dim else 1) for place, size in enumerate(g.shape)
+    )
+
+
+_RULES: dict[str, Callable[..., bool]] = {
+    "lstm": partial(_recurrent, gates=4),
+    "gru": partial(_recurrent, gates=3),
+    "rnn_tanh": partial(_recurrent, gates=1),
+    "rnn_relu": partial(_recurrent, gates=1),
+    "_weight_norm": _normed,
+    "_weight_norm_interface": _normed,
+}
+
 GUARDS: dict[str, Callable[[Function], Function]] = {
-    name: partial(_bounded, count=count) for name, count in _COUNTS.items()
+    **{name: partial(_bounded, count=count) for name, count in _COUNTS.items()},
+    **{name: partial(_fitting, rule=rule) for name, rule in _RULES.items()},
 }
 
 
