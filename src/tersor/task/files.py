@@ -51,9 +51,10 @@ def read_npz(path: File) -> dict[str, np.ndarray]:
     """Every array of an .npz file. Nothing in it is unpickled."""
     found = existing(path)
     try:
-        with np.load(found, allow_pickle=False) as arrays:
-            if isinstance(arrays, np.ndarray):
-                raise TaskError(f"{path} holds one array without a name; save it with np.savez")
+        stored = np.load(found, allow_pickle=False)
+        if isinstance(stored, np.ndarray):
+            raise TaskError(f"{path} holds one array without a name; save it with np.savez")
+        with stored as arrays:
             return {key: arrays[key] for key in arrays.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise TaskError(

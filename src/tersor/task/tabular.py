@@ -87,7 +87,7 @@ def class_names(tables: Sequence[Table], column: str) -> list[str]:
 
     Whole numbers from 0 keep their places; classes that no row has are named all the same.
     """
-    if not tables:
+    if not any(len(table) for table in tables):
         return []
     known = next((t.classes[column] for t in tables if column in t.classes), None)
     if known is not None:

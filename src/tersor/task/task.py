@@ -60,11 +60,17 @@ class Task:
 
     def example(self, n: int = 2) -> Inputs:
         """The first `n` real samples (fewer if there are fewer), for tracing and latency."""
-        split = self._splits["calibration"]
-        if isinstance(split, Rows):
+        ranked = [
+            self._splits[name]
+            for name in ("calibration", "train", "test", "holdout")
+            if name in self._splits
+        ]
+        rows = [split for split in ranked if isinstance(split, Rows)]
+        if rows:
+            split = next((s for s in rows if s.count >= n), max(rows, key=lambda s: s.count))
             return split.gather(torch.arange(min(n, split.count)))[0]
-        inputs = next(inputs for inputs, _ in split.batches())
-        return head(inputs, n * self._rows_per_sample)
+        inputs = next(inputs for inputs, _ in ranked[0].batches())
+        return head(inputs, n)
 
     def calibration(self, n: int | None = None) -> list[Inputs]:
         """Batches of the first `n` unlabelled samples: all that was given, at most 512."""
