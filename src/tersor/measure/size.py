@@ -107,14 +107,15 @@ def size(model: nn.Module) -> Size:
 
 
 def safetensors_bytes(model: nn.Module) -> int:
-    """Bytes of the safetensors file of the model's decoded state dict, its header included.
+    """Bytes of the decoded state dict as a safetensors file, its header included.
 
     Computed from names, types and shapes; nothing is copied. A tensor with two names is written
-    once, as safetensors demands.
+    once, as safetensors demands. The step counters of batch norms, which only training reads, are
+    left out, so that a size relative to this one is not flattered by them.
     """
     entries, seen = [], set()
     for name, _, stored in stored_tensors(model):
-        if id(stored) not in seen:
+        if id(stored) not in seen and not name.endswith("num_batches_tracked"):
             seen.add(id(stored))
             entries.append((name, stored.dtype, tuple(stored.shape)))
     places = {dtype: place for place, dtype in enumerate(_SAFETENSORS)}

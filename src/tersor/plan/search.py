@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp, log
+from math import ceil, exp, log
 
 import numpy as np
 from torch import nn
@@ -32,7 +32,7 @@ def search(bench: Bench) -> Point:
     point = bench.judge(fit(bench, int(limit.resolve(bench.study.size_before))))
     short = shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
     if short:
-        raise BudgetError(f"{_both(bench, point, short)}")
+        raise BudgetError(_both(bench, point, short))
     return point
 
 
@@ -59,11 +59,10 @@ def fit(bench: Bench, limit: int) -> Point:
         payload += slack
     if best is None:
         reached = (nearest.bytes if nearest else least) + _MARGIN
-        ratio = reached / bench.study.size_before
         raise BudgetError(
-            f"size={bench.budget.size} allows {limit:,} bytes, but the smallest file that these methods "
-            f"reach takes {reached:,} bytes ({ratio:.3f}x); the size limit binds: ask for "
-            f"size={ratio + 0.0005:.3f}x or more"
+            f"size={bench.budget.size} allows {limit:,} bytes, but the smallest file that these "
+            f"methods reach takes {reached:,} bytes; the size limit binds: ask for "
+            f"{_asking(bench, reached)} or more"
         )
     return best
 
@@ -172,15 +171,18 @@ def _both(bench: Bench, point: Point, short: str) -> str:
     """How near it came, and the size at which quality would do."""
     said = f"at {point.bytes:,} bytes ({point.bytes / bench.study.size_before:.3f}x) {short}"
     try:
-        enough = smallest(bench)
+        enough = smallest(bench).bytes
     except BudgetError:
         return f"{said}; no size met the quality limits, so they bind: relax them"
     return (
         f"{said}; the size limit binds: the smallest file found that keeps the quality has "
-        f"{enough.bytes:,} bytes, "
-        f"so ask for size={enough.bytes / bench.study.size_before + 0.0005:.3f}x or relax the "
-        "quality limit"
+        f"{enough:,} bytes: ask for {_asking(bench, enough + _MARGIN)} or relax the quality limit"
     )
+
+
+def _asking(bench: Bench, size: int) -> str:
+    # One thousandth above: the budget's own text is in the file, and may be longer then.
+    return f"size={(ceil(1000 * size / bench.study.size_before) + 1) / 1000:.3f}x"
 
 
 def _recoverable(model: nn.Module, task: Task | None) -> bool:
