@@ -57,7 +57,8 @@ deg2rad rad2deg
 eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar
 ge.Tensor ge.Scalar not_equal.Scalar not_equal.Tensor isnan isinf isfinite isclose
 isin.Tensor_Tensor logical_and+_ logical_or+_ logical_xor+_ logical_not+_
-bitwise_and.Tensor+_ bitwise_and.Scalar+_ bitwise_or.Tensor+_ bitwise_or.Scalar+_ bitwise_xor.Tensor+_ bitwise_xor.Scalar+_ bitwise_not+_
+bitwise_and.Tensor+_ bitwise_and.Scalar+_ bitwise_or.Tensor+_ bitwise_or.Scalar+_
+bitwise_xor.Tensor+_ bitwise_xor.Scalar+_ bitwise_not+_
 bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor
 bitwise_right_shift.Tensor_Scalar __and__.Tensor __and__.Scalar __or__.Tensor __or__.Scalar
 __xor__.Tensor __xor__.Scalar __lshift__.Scalar __rshift__.Scalar
