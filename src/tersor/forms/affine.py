@@ -133,6 +133,10 @@ class Affine(Form):
         for name in ("scale", "zero"):
             if name in parts and tuple(parts[name].shape) != (matrix.shape[0], groups):
                 raise ValueError(f"{name} must have shape {(matrix.shape[0], groups)}")
+        if not parts["scale"].is_floating_point() or (
+            zero is not None and zero.dtype != torch.int8
+        ):
+            raise ValueError("scale must be of a float type, and zero int8")
         return cls(
             parts["codes"],
             parts["scale"],
@@ -194,7 +198,8 @@ def _symmetric(grouped: Tensor, bits: int) -> tuple[Tensor, None]:
 def _asymmetric(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     bottom, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    scale = _as_scale((high - low) / (top - bottom))
+    # Divided before subtracting: the whole range of float32 is more than float32 can hold.
+    scale = _as_scale(high / (top - bottom) - low / (top - bottom))
     zero = (bottom - low / scale.to(low.dtype)).round().clamp(bottom, top)
     return scale, zero.to(torch.int8)
 

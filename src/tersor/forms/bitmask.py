@@ -20,23 +20,27 @@ class Bitmask(Form):
 
     mask: (ceil(n / 8),) uint8, bit i % 8 of byte i // 8 is set where weight i is stored
     values: (stored,) of any type, in row-major order
+    bits: of one value, where codes need fewer than their type has
     """
 
     kind = "bitmask"
 
-    def __init__(self, mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, mask: Tensor, values: Tensor, shape: tuple[int, ...], bits: int | None = None
+    ) -> None:
         """Use `encode` to make one from a weight."""
         super().__init__(shape, values.dtype)
+        self.bits = bits
         self.register_buffer("mask", mask.contiguous())
         self.values = nn.Parameter(values.contiguous(), requires_grad=False)
         self.mask: Tensor
 
     @classmethod
-    def encode(cls, weight: Tensor) -> Self:
-        """Stores what is not zero."""
+    def encode(cls, weight: Tensor, *, bits: int | None = None) -> Self:
+        """Stores what is not zero. `weight` may be codes of another form, of `bits` each."""
         flat = weight.detach().reshape(-1)
         kept = flat != 0
-        return cls(pack_bits(kept), flat[kept], tuple(weight.shape))
+        return cls(pack_bits(kept), flat[kept], tuple(weight.shape), bits)
 
     def kept(self) -> Tensor:
         """Boolean mask of the weight's shape, True where it is stored."""
@@ -52,11 +56,11 @@ class Bitmask(Form):
 
     def parts(self) -> tuple[Part, ...]:
         """The mask at one bit per weight, and the values."""
-        return (("mask", 8), ("values", self.values.element_size() * 8))
+        return (("mask", 8), ("values", self.bits or self.values.element_size() * 8))
 
     def config(self) -> dict[str, Any]:
-        """Nothing beyond the tensors."""
-        return {}
+        """Bits per value, where the values are codes."""
+        return {} if self.bits is None else {"bits": self.bits}
 
     @classmethod
     def build(
@@ -69,13 +73,20 @@ class Bitmask(Form):
         """See `Form.build`."""
         n = int(torch.Size(shape).numel())
         mask, values = parts["mask"], parts["values"]
-        if config or mask.dtype != torch.uint8 or tuple(mask.shape) != (-(-n // 8),):
+        if mask.dtype != torch.uint8 or tuple(mask.shape) != (-(-n // 8),):
             raise ValueError(f"mask must be {-(-n // 8)} bytes for {n} weights")
         if tuple(values.shape) != (int(unpack_bits(mask, n).sum()),):
             raise ValueError("values must be as many as the mask has bits set")
-        form = cls(mask, values, shape)
+        form = cls(mask, values, shape, checked_bits(config.get("bits"), values))
         form.dtype = dtype
         return form
+
+
+def checked_bits(bits: int | None, values: Tensor) -> int | None:
+    """The bits of codes read from a file. Raises ValueError where they cannot be."""
+    if bits is None or (1 <= bits <= 8 and values.dtype in (torch.int8, torch.uint8)):
+        return bits
+    raise ValueError(f"values of type {values.dtype} cannot be codes of {bits} bits")
 
 
 def pack_bits(flags: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import OptionError
+from tersor.forms.bitmask import checked_bits
 from tersor.forms.form import Form, Part, rows, unrows
 
 
@@ -22,23 +23,37 @@ class NofM(Form):
     values: (outputs, groups, n) of any type
     places: (outputs, groups, n) uint8, increasing, each below m
     axis: the output channel of the weight; the rest, flattened, are its inputs (a multiple of m)
+    bits: of one value, where codes need fewer than their type has
     """
 
     kind = "nofm"
 
     def __init__(
-        self, values: Tensor, places: Tensor, *, m: int, axis: int, shape: tuple[int, ...]
+        self,
+        values: Tensor,
+        places: Tensor,
+        *,
+        m: int,
+        axis: int,
+        shape: tuple[int, ...],
+        bits: int | None = None,
     ) -> None:
         """Use `encode` to make one from a weight."""
         super().__init__(shape, values.dtype)
+        self.bits = bits
         self.n, self.m, self.axis = values.shape[2], m, axis
         self.values = nn.Parameter(values.contiguous(), requires_grad=False)
         self.register_buffer("places", places.contiguous())
         self.places: Tensor
 
     @classmethod
-    def encode(cls, weight: Tensor, *, n: int, m: int, axis: int = 0) -> Self:
-        """Stores the weight exactly; raises OptionError where a group has more than n non-zeros."""
+    def encode(
+        cls, weight: Tensor, *, n: int, m: int, axis: int = 0, bits: int | None = None
+    ) -> Self:
+        """Stores the weight, or codes of `bits` each, exactly.
+
+        Raises OptionError where a group has more than n non-zeros.
+        """
         shape = tuple(weight.shape)
         if not 1 <= n <= m <= 256:
             raise OptionError(
@@ -61,7 +76,8 @@ class NofM(Form):
         places = (
             (groups == 0).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n].sort(-1).values
         )
-        return cls(groups.gather(-1, places), places.to(torch.uint8), m=m, axis=axis, shape=shape)
+        kept = groups.gather(-1, places)
+        return cls(kept, places.to(torch.uint8), m=m, axis=axis, shape=shape, bits=bits)
 
     def dense(self) -> Tensor:
         """The weight."""
@@ -75,13 +91,14 @@ class NofM(Form):
     def parts(self) -> tuple[Part, ...]:
         """Values, and places at log2(m) bits."""
         return (
-            ("values", self.values.element_size() * 8),
+            ("values", self.bits or self.values.element_size() * 8),
             ("places", max(1, (self.m - 1).bit_length())),
         )
 
     def config(self) -> dict[str, Any]:
         """Group size and layout."""
-        return {"m": self.m, "axis": self.axis}
+        bits = {} if self.bits is None else {"bits": self.bits}
+        return {"m": self.m, "axis": self.axis, **bits}
 
     @classmethod
     def build(
@@ -102,6 +119,7 @@ class NofM(Form):
             raise ValueError("places must be uint8 of the shape of values, at most m per group")
         if places.numel() and int(places.max()) >= m:
             raise ValueError(f"a place is not below m={m}")
-        form = cls(values, places, m=m, axis=axis, shape=shape)
+        bits = checked_bits(config.get("bits"), values)
+        form = cls(values, places, m=m, axis=axis, shape=shape, bits=bits)
         form.dtype = dtype
         return form

@@ -20,6 +20,6 @@ def keep_zeros(coded: Affine | Codebook, sparse: Bitmask | NofM) -> None:
     if isinstance(sparse, NofM) and codes.shape[0] == sparse.shape[sparse.axis]:
         # Affine codes are laid out as (outputs, inputs), a codebook's as the weight.
         axis = 0 if isinstance(coded, Affine) else sparse.axis
-        hold(coded, "codes", NofM.encode(codes, n=sparse.n, m=sparse.m, axis=axis))
+        hold(coded, "codes", NofM.encode(codes, n=sparse.n, m=sparse.m, axis=axis, bits=coded.bits))
     else:
-        hold(coded, "codes", Bitmask.encode(codes))
+        hold(coded, "codes", Bitmask.encode(codes, bits=coded.bits))
