@@ -129,6 +129,8 @@ PADDED = {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": tor
             TaskError,
             "'nowhere' is not a folder",
         ),
+        (lambda: language_model(5), TaskError, "test=5 is not a list of documents"),
+        (lambda: language_model(["a"], tokenizer=list), TaskError, "not give a list of token ids"),
         (lambda: language_model([""], tokenizer=letters), TaskError, "finds no token in ''"),
     ],
 )
@@ -226,6 +228,7 @@ def test_pair_divergence_and_loss():
     ("pairs", "message"),
     [
         ([], "there are no pairs"),
+        ([7], "pair 0 is 7"),
         ([("a", "b")], r"pair 0 is \('a', 'b'\)"),
         ([("a", "b", 1), ("a", 3, 1)], "pair 1 is"),
         ([("a", "b", "high")], "'high' is not a score"),

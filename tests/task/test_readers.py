@@ -188,6 +188,12 @@ def test_columns_without_meaning_are_refused():
         tabular(names, target="y")
     with pytest.raises(TaskError, match="'x' has no value at all"):
         tabular({"x": ["", "NaN"], "y": [0, 1]}, target="y")
+    with pytest.raises(TaskError, match="no column but 'y'"):
+        tabular({"y": [0, 1]}, target="y")
+    with pytest.raises(TaskError, match=r"differ in length: \{'x': 1, 'y': 2\}"):
+        tabular({"x": [1], "y": [0, 1]}, target="y")
+    with pytest.raises(TaskError, match="5 is not a file, a Table"):
+        tabular(5, target="y")
     with pytest.raises(TaskError, match="holds -1, which marks rows without a label"):
         tabular({"x": [1, 2], "y": [-1, -1]}, target="y")
 

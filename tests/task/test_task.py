@@ -307,6 +307,7 @@ BAD[7, 1] = torch.nan
             "hold 1; .* from 0 to 0, the last of the 1",
         ),
         (lambda: classification(X), r"lacks its targets; give test=\(inputs, targets\)"),
+        (lambda: classification((X, None)), r"lacks its targets; give test=\(inputs, targets\)"),
         (lambda: classification((np.array(["a", 1], object), Y[:2])), "dtype object holds no num"),
         (lambda: classification(([[1.0], [1.0, 2.0]], Y[:2])), "different shapes"),
         (lambda: classification(({"a": X, "b": X[:4]}, Y)), "differ in length: .*'b': 4"),

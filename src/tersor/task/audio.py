@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ def audio_classification(
 
 def _waveforms(source: Any, name: str) -> list[Tensor]:
     """Each recording as stored; one that is empty, not finite or not a row is refused."""
+    if not isinstance(source, Iterable):
+        raise TaskError(f"{name}={source!r} is not a list of waveforms")
     waveforms = []
     for number, value in enumerate(source):
         where = f"{name}, waveform {number}"

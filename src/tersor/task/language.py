@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -114,6 +114,8 @@ def _documents(source: Any, name: str, tokenizer: Any) -> list[Tensor]:
     if isinstance(texts, Tensor | np.ndarray):
         ids = as_tensor(texts, name)
         texts = list(ids) if ids.dim() == 2 else [ids]
+    if not isinstance(texts, Iterable):
+        raise TaskError(f"{name}={texts!r} is not a list of documents, a text or token ids")
     documents = []
     for number, text in enumerate(texts):
         if isinstance(text, str):
@@ -196,9 +198,9 @@ def _scores(pairs: Sequence[Pair], name: str, score_range: tuple[float, float]) 
     labelled = name in ("test", "train")
     scores = []
     for number, pair in enumerate(pairs):
-        if len(pair) not in ((3,) if labelled else (2, 3)) or not all(
-            isinstance(sentence, str) for sentence in pair[:2]
-        ):
+        sizes = (3,) if labelled else (2, 3)
+        whole_pair = isinstance(pair, tuple | list) and len(pair) in sizes
+        if not whole_pair or not all(isinstance(sentence, str) for sentence in pair[:2]):
             raise TaskError(
                 f"{name}, pair {number} is {pair!r}; it must be (sentence1, sentence2, score)"
             )

@@ -186,7 +186,7 @@ def _split(source: Any, name: str, read: Reader, batch_size: int) -> Split:
 
         return Stream(again(source, name), batch)
     pair = isinstance(source, tuple | list if labelled else tuple) and len(source) == 2
-    if labelled and not pair:
+    if labelled and not (pair and source[1] is not None):
         raise TaskError(f"{name}={_type(source)} lacks its targets; give {name}=(inputs, targets)")
     inputs, targets = source if pair else (source, None)
     return rows(*_checked(inputs, targets if labelled else None, name, read), batch_size)

@@ -62,7 +62,12 @@ def tabular(
     if not tables:
         raise TaskError("there is no data; give at least one of test, train, calibration, holdout")
     first = next(iter(tables.values()))
+    first.column(target)
     names = list(features) if features else [n for n in first.columns if n != target]
+    if not names:
+        raise TaskError(
+            f"{first.where} has no column but {target!r}, so nothing to predict it from"
+        )
     scalings = [_scaling(name, first.column(name), first.where) for name in names]
     classes = None
     labelled = [t for name, t in tables.items() if name in ("test", "train")]
@@ -122,7 +127,14 @@ def label_numbers(values: Sequence[Any], classes: Sequence[str], where: str) -> 
 def _table(source: Source, columns: Sequence[str] | None) -> Table:
     if isinstance(source, Table):
         return source
-    return Table(source) if isinstance(source, Mapping) else read_table(source, columns=columns)
+    if isinstance(source, Mapping):
+        sizes = {name: len(values) for name, values in source.items()}
+        if len(set(sizes.values())) != 1:
+            raise TaskError(f"the columns differ in length: {sizes}; all need one value per row")
+        return Table(source)
+    if not isinstance(source, str | Path):
+        raise TaskError(f"{source!r} is not a file, a Table, or a dictionary of columns")
+    return read_table(source, columns=columns)
 
 
 def _scaling(name: str, values: Sequence[Any], where: str) -> Scaling:

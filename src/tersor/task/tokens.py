@@ -46,10 +46,15 @@ def encode(tokenizer: Any, text: str, max_length: int | None) -> Encoded:
         read = tokenizer if callable(tokenizer) else tokenizer.encode
         found = read(text)
         found = getattr(found, "ids", found)
-    if not isinstance(found, Mapping):
-        ids = torch.as_tensor(found)
-        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    encoded = {name: torch.as_tensor(v).long().flatten()[:max_length] for name, v in found.items()}
+    try:
+        if not isinstance(found, Mapping):
+            found = {"input_ids": found, "attention_mask": [1] * len(found)}
+        encoded = {n: torch.as_tensor(v).long().flatten()[:max_length] for n, v in found.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TaskError(
+            f"the tokenizer does not give a list of token ids for {text!r}; use a function that "
+            "returns whole numbers"
+        ) from error
     if not len(encoded["input_ids"]):
         raise TaskError(f"the tokenizer finds no token in {text!r}; leave that text out")
     return encoded
