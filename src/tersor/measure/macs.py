@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +42,10 @@ def macs(model: nn.Module, inputs: Inputs) -> Macs:
     An operator belongs to the innermost module whose forward runs it, or to the module inside that
     which owns its weight (attention's out_proj, a network rebuilt from a file).
     """
-    with evaluating(model), unfused(), _Counter(model) as counter:
-        call(model, inputs)
+    with evaluating(model), unfused():
+        counter = _Counter(model)
+        with counter.follow(model), counter:
+            call(model, inputs)
     counts = {path: n for path, n in counter.counts.items() if n}
     return Macs(sum(counts.values()), batch_of(inputs), counts)
 
@@ -52,31 +56,30 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: dict[str, int] = {}
-        self._model, self._running = model, [""]
+        self._running = [""]
         self._owners: dict[int, list[str]] = {}
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> _Counter:
-        for path, module in self._model.named_modules(remove_duplicate=False):
+        for path, module in model.named_modules(remove_duplicate=False):
             for tensor in _weights(module):
                 self._owners.setdefault(tensor.untyped_storage().data_ptr(), []).append(path)
-        for path, module in self._model.named_modules():
-            if not isinstance(module, Form):
-                self._hooks += [
-                    module.register_forward_pre_hook(
-                        lambda *_, path=path: self._running.append(path)
-                    ),
-                    module.register_forward_hook(
-                        lambda *_: self._running.pop() and None, always_call=True
-                    ),
-                ]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for hook in self._hooks:
-            hook.remove()
+    @contextmanager
+    def follow(self, model: nn.Module) -> Iterator[None]:
+        """Keeps track of the module that is running."""
+
+        def leave(*_: Any) -> None:
+            self._running.pop()
+
+        hooks = []
+        for path, module in model.named_modules():
+            if not isinstance(module, Form):
+                enter = partial(_enter, self._running, path)
+                hooks.append(module.register_forward_pre_hook(enter))
+                hooks.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __torch_dispatch__(
         self,
@@ -106,6 +109,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if path.startswith(inside) and path != running:
                     return path
         return running
+
+
+def _enter(running: list[str], path: str, *_: Any) -> None:
+    running.append(path)
 
 
 def _weights(module: nn.Module) -> Iterator[Tensor]:
@@ -155,9 +162,9 @@ def _recurrent(out: Any, x: Tensor, inputs: Tensor, hidden: Tensor, *_: Any) -> 
 
 
 def _trilinear(out: Tensor, left: Tensor, weight: Tensor, right: Tensor, *_: Any) -> int:
-    """Bilinear: every pair of features is multiplied, then weighted for each output."""
-    pairs = left.numel() * right.shape[-1]
-    return pairs * (weight.shape[1] + 1) if left.dim() > 3 else pairs * (weight.numel() + 1)
+    """Bilinear, weight (outputs, a, b): the matrix of each output times `right`, then `left`."""
+    outputs, a, b = weight.shape
+    return left.shape[0] * outputs * a * (b + 1)
 
 
 _A = torch.ops.aten

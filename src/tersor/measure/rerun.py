@@ -69,9 +69,13 @@ class Rerun:
         """Runs once. Each `run` must do the same operators, in evaluation, without gradients."""
         self._run = run
         self._trace = _Trace()
+        before = _random_states()
         with self._trace:
             self.reference = run()
         self._trace.finish(self.reference)
+        if not all(map(torch.equal, before, _random_states())):
+            # A skipped operator would not draw its random numbers.
+            self._trace.sound = False
         self._plan: _Plan | None = None
 
     def prepare(self, weight: Tensor | None) -> None:
@@ -153,9 +157,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         reads = frozenset(self._number(t) for t in tensors_in((args, kwargs)))
         writes = frozenset(self._number(t) for t in _written(func, args, kwargs))
-        random = torch.Tag.nondeterministic_seeded in func.tags
         out = func(*args, **kwargs)
-        if random or writes & self.outside.keys() or func in _RESEATING:
+        if writes & self.outside.keys() or func in _RESEATING:
             self.sound = False
         made = [tensor for tensor in tensors_in(out) if _address(tensor) not in self.known]
         makes = frozenset(self._new(tensor) for tensor in made)
@@ -252,6 +255,12 @@ class _Skipping(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor, layout in zip(tensors_in(out), _leaves(op.output), strict=False):
             if layout.storage in self._plan.cut and layout.storage in op.makes:
                 self._plan.kept[layout.storage] = tensor.untyped_storage()
+
+
+def _random_states() -> list[Tensor]:
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if started else []
+    return [torch.get_rng_state(), *cuda]
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

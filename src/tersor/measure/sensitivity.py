@@ -137,29 +137,40 @@ def _stored(site: Site) -> Tensor | None:
 @contextmanager
 def swapped(site: Site, form: Form) -> Iterator[None]:
     """Inside the block `form` holds the weight of `site`; after it all is exactly as before."""
-    layers = {id(layer): layer for layer, _ in site.uses}.values()
+    # With children, since a parametrization lives in one.
+    layers = {id(part): part for layer, _ in site.uses for part in layer.modules()}.values()
     states = [(layer, type(layer), _contents(layer)) for layer in layers]
     # Removing a parametrization writes the computed weight over the parameter it came from.
-    originals = [(p, p.data) for layer in layers for p in layer.parameters()]
+    originals = [
+        (p, p.data) for layer in layers for p in layer._parameters.values() if p is not None
+    ]
     try:
         site.hold(form)
         yield
     finally:
         for layer, kind, contents in states:
             layer.__class__ = kind
-            layer.__dict__.clear()
-            layer.__dict__.update(contents)
+            _restore(layer, contents)
         for parameter, data in originals:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
 
 
-def _contents(layer: nn.Module) -> dict[str, Any]:
-    """The layer's attributes; its tables of parameters, children and hooks are copied."""
+def _contents(layer: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """The layer's attributes; its tables of parameters, children and hooks with a copy."""
     return {
-        key: value.copy() if isinstance(value, dict | list | set) else value
+        key: (value, value.copy() if isinstance(value, dict) else None)
         for key, value in layer.__dict__.items()
     }
+
+
+def _restore(layer: nn.Module, contents: dict[str, tuple[Any, Any]]) -> None:
+    for value, copy in contents.values():
+        if copy is not None:
+            value.clear()
+            value.update(copy)
+    layer.__dict__.clear()
+    layer.__dict__.update({key: value for key, (value, _) in contents.items()})
 
 
 def _mean(parts: Iterator[Tensor]) -> float:

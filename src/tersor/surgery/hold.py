@@ -106,6 +106,10 @@ def decoded(model: nn.Module) -> Iterator[nn.Module]:
 def bake(layer: nn.Module, name: str) -> None:
     """Turns a parametrized or weight-normed weight into a plain parameter of the same value."""
     if parametrize.is_parametrized(layer, name):
+        # torch edits the layer's class, which copies of the layer share: give this one its own.
+        kind = type(layer)
+        members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(kind.__name__, kind.__bases__, members)
         parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
         # weight_norm leaves a local function behind that renames weight_g and weight_v on load.
         # There is nothing left to rename, and it cannot be pickled.
