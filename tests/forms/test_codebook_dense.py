@@ -73,7 +73,7 @@ def test_rounding_to_float8_worked_by_hand():
 
 
 def test_a_weight_that_would_overflow_is_refused():
-    with pytest.raises(OptionError, match="holds at most 448, but a weight .* reaches 500"):
+    with pytest.raises(OptionError, match=r"holds at most 448, but a weight .* reaches 500"):
         Dense.encode(torch.tensor([[1.0, 500.0]]), dtype=torch.float8_e4m3fn)
-    with pytest.raises(OptionError, match="torch.int8 is no float type"):
+    with pytest.raises(OptionError, match=r"torch\.int8 is no float type"):
         Dense.encode(torch.ones(2, 2), dtype=torch.int8)

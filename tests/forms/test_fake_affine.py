@@ -97,5 +97,5 @@ def test_training_lowers_the_error_it_is_trained_on():
 
 
 def test_one_bit_is_refused():
-    with pytest.raises(OptionError, match="bits=1 .* training needs 2 to 8"):
+    with pytest.raises(OptionError, match=r"bits=1 .* training needs 2 to 8"):
         FakeAffine.encode(torch.ones(2, 3), bits=1)

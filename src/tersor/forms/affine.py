@@ -158,13 +158,13 @@ def check_layout(weight: Tensor, *, bits: int, group_size: int | None, axis: int
         )
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
         raise OptionError(
-            f"group_size={group_size!r} for a weight of shape {shape}; choose a number of inputs >= 1, "
-            "or None for one scale per output channel"
+            f"group_size={group_size!r} for a weight of shape {shape}; choose a number of inputs "
+            ">= 1, or None for one scale per output channel"
         )
     if axis is not None and not (isinstance(axis, int) and 0 <= axis < len(shape)):
         raise OptionError(
-            f"axis={axis!r} is no dimension of a weight of shape {shape}; choose 0 to {len(shape) - 1}, "
-            "or None for one scale per tensor"
+            f"axis={axis!r} is no dimension of a weight of shape {shape}; choose 0 to "
+            f"{len(shape) - 1}, or None for one scale per tensor"
         )
 
 

@@ -2,7 +2,7 @@
 
 Smaller than dense from 1/32 sparsity on (float32). Sister: `NofM`, when zeros are regular.
 
-Source: the bitmap format of Han et al. 2016 (EIE), arXiv:1602.01528, section 3, without run lengths.
+Source: Han et al. 2016 (EIE), arXiv:1602.01528, section 3, with a bitmap in place of run lengths.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class Codebook(Form):
         k = values.numel()
         if values.dim() != 1 or not 1 <= k <= 256:
             raise OptionError(
-                f"values of shape {tuple(values.shape)} for a weight of shape {tuple(weight.shape)}; "
-                "a codebook is a vector of 1 to 256 values"
+                f"values of shape {tuple(values.shape)} for a weight of shape "
+                f"{tuple(weight.shape)}; a codebook is a vector of 1 to 256 values"
             )
         ordered, order = values.detach().to(weight.dtype).sort()
         middles = (ordered[1:] + ordered[:-1]) / 2

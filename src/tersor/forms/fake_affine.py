@@ -1,8 +1,8 @@
 """Fake-affine form: a float weight that is rounded on every read, for training with quantization.
 
 Source: Esser et al. 2020 (LSQ), arXiv:1902.08153, eqs. 1-3 and section 2.2 (gradient scale).
-Differs: the scale is rounded to bfloat16 with a straight-through gradient, so that `freeze` gives an
-`Affine` whose weight is equal bit for bit.
+Differs: the scale is rounded to bfloat16 with a straight-through gradient, so that `freeze` gives
+an `Affine` whose weight is equal bit for bit.
 """
 
 from __future__ import annotations

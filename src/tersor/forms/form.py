@@ -87,12 +87,13 @@ class Form(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
-        return f"{self.kind}, shape={self.shape}, bits/weight={self.stored_bits() / max(1, _numel(self.shape)):.2f}"
+        per_weight = self.stored_bits() / max(1, _numel(self.shape))
+        return f"{self.kind}, shape={self.shape}, bits/weight={per_weight:.2f}"
 
 
 def _numel(shape: tuple[int, ...]) -> int:

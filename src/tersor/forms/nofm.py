@@ -69,8 +69,8 @@ class NofM(Form):
         most = int((groups != 0).sum(-1).max()) if groups.numel() else 0
         if most > n:
             raise OptionError(
-                f"a group of {m} inputs of a weight of shape {shape} has {most} non-zeros, more than "
-                f"n={n}; prune it to {n}:{m} first"
+                f"a group of {m} inputs of a weight of shape {shape} has {most} non-zeros, more "
+                f"than n={n}; prune it to {n}:{m} first"
             )
         # A stable sort of "is zero" brings the non-zeros to the front in their order.
         places = (

@@ -98,10 +98,14 @@ def in_execution_order(
 ) -> list[Site]:
     """Sorts sites by when `run()` (one forward pass) first uses their layer; unused ones last."""
     order: dict[nn.Module, int] = {}
-    hooks = [
-        m.register_forward_pre_hook(lambda m, _: order.setdefault(m, len(order)) and None)
-        for m in model.modules()
-    ]
+
+    def note(layer: nn.Module, _: Any) -> None:
+        order.setdefault(layer, len(order))
+        # Attention reads its output layer's weight without calling that layer.
+        if isinstance(layer, nn.MultiheadAttention):
+            order.setdefault(layer.out_proj, len(order))
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
     try:
         run()
     finally:
