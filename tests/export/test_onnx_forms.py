@@ -5,15 +5,13 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("onnxscript", reason="needs the extra onnx")
-pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-import onnx_ir as ir
-import onnxruntime
-
 from tersor.export.onnx_forms import Writer, affine, lower
 from tersor.export.onnx_rows import gather_rows, pack
 from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM
 from tersor.surgery import hold
+
+ir = pytest.importorskip("onnx_ir", reason="needs the extra onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
 SHAPES = [(6, 40), (5, 3, 3, 3), (4, 2, 7), (1, 9)]
 

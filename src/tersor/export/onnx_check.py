@@ -49,13 +49,11 @@ def check_bytes(path: Path, weights: list[Weight]) -> None:
     for weight in weights:
         for name, (kind, size) in weight.stored.items():
             found = written.get(name)
-            has = "missing" if found is None else onnx.TensorProto.DataType.Name(found.data_type)
-            held = -1 if found is None else _nbytes(found)
-            if (has, held) != (kind, size):
+            has = "nothing" if found is None else _described(found)
+            if has != f"{kind} of {size} bytes":
                 raise ExportError(
                     f'weight "{weight.name}" was to be stored as {kind} of {size} bytes in '
-                    f'"{name}", but the written file has {has} of {held} bytes; report this with '
-                    "the model"
+                    f'"{name}", but the written file has {has} there; report this with the model'
                 )
         _refuse_copy(weight, floats)
 
@@ -82,12 +80,12 @@ def _constants(graph: Any) -> list[Any]:
     return [item.t for node in nodes for item in node.attribute if item.name == "value"]
 
 
-def _nbytes(tensor: Any) -> int:
+def _described(tensor: Any) -> str:
     import onnx
 
-    if tensor.HasField("raw_data"):
-        return len(tensor.raw_data)
-    return int(onnx.numpy_helper.to_array(tensor).nbytes)
+    inside = tensor.HasField("raw_data")
+    size = len(tensor.raw_data) if inside else onnx.numpy_helper.to_array(tensor).nbytes
+    return f"{onnx.TensorProto.DataType.Name(tensor.data_type)} of {size} bytes"
 
 
 def check_outputs(

@@ -10,6 +10,9 @@ from tersor.export.onnx_graph import Weight
 from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM
 from tersor.surgery.walk import walk
 
+# ONNX calls the other types as torch does.
+_TYPES = {"FLOAT": "float32", "DOUBLE": "float64"}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -49,7 +52,7 @@ def layers_of(model: nn.Module, weights: list[Weight]) -> tuple[Layer, ...]:
 
 def _stored(weight: Weight) -> str:
     kinds = {
-        name.removeprefix(f"{weight.name}."): kind.lower()
+        name.removeprefix(f"{weight.name}."): _TYPES.get(kind, kind.lower())
         for name, (kind, _) in weight.stored.items()
     }
     form = weight.form

@@ -115,7 +115,8 @@ def session(path: Path, *, decode: bool, threads: int | None = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    # Its errors arrive as exceptions; printing them as well would only be noise.
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads or torch.get_num_threads()
     # Threads that wait in a busy loop starve whatever else runs on few cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -18,9 +18,11 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 
 from tersor.codec.trace_call import Call, Untraceable
+from tersor.codec.trace_recurrent import whole_recurrences
 from tersor.errors import CompressError, ExportError
 from tersor.export.onnx_graph import DOMAIN, Weight, fill, swap
 from tersor.export.onnx_names import name_all
+from tersor.export.onnx_recurrent import translations
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,16 @@ def _exported(call: Call, tensors: list[Tensor], opset: int, kind: str) -> Any:
         try:
             program = _program(call, tensors, free, oblivious)
             exported = torch.onnx.export(
-                program, (), dynamo=True, optimize=True, opset_version=opset, verbose=False
+                program,
+                (),
+                dynamo=True,
+                optimize=True,
+                opset_version=opset,
+                verbose=False,
+                custom_translation_table=translations(program),
             )
+        except CompressError:
+            raise
         except Exception as error:  # The exporter's errors are of many types.
             reasons.append(first_line(error.__cause__ or error))
         else:
@@ -106,6 +116,7 @@ def _program(
     kinds = {True: Dim.AUTO, False: Dim.STATIC}
     shapes = tuple(tuple(kinds[free(dim, x.dim())] for dim in range(x.dim())) for x in tensors)
     with ExitStack() as stack:
+        stack.enter_context(whole_recurrences())
         if oblivious:
             stack.enter_context(symbolic_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         given = tuple(tensor.clone() for tensor in tensors)
