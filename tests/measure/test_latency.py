@@ -1,5 +1,6 @@
 import gc
 import time
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,46 +12,68 @@ from tersor.measure import latency, latency_ab, time_call, time_pair
 from tersor.surgery import form_of, hold
 
 
-def sleeper(milliseconds):
-    return lambda: time.sleep(milliseconds / 1000)
+class Clock:
+    """Moves only when a call says so, so that a busy machine changes no figure."""
+
+    def __init__(self):
+        self.now = 0
+
+    def perf_counter_ns(self):
+        return self.now
+
+    def taking(self, *milliseconds):
+        """A call that takes so long, each time the next; the last for ever after."""
+        left = list(milliseconds)
+
+        def run():
+            self.now += round(1e6 * (left.pop(0) if len(left) > 1 else left[0]))
+
+        return run
 
 
-def test_a_call_of_known_length_is_timed():
-    found = time_call(sleeper(4), 7, threads=1, repeats=9, warmup=0)
-    assert 4 <= found.minimum_ms <= found.median_ms <= found.p95_ms < 40
-    assert (found.threads, found.batch, found.repeats) == (1, 7, 9)
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(import_module("tersor.measure.latency"), "time", found)
+    return found
 
 
-def test_warm_up_calls_are_made_and_not_timed():
-    calls = []
-
-    def slow_at_first():
-        time.sleep(0.05 if len(calls) < 3 else 0)
-        calls.append(1)
-
-    found = time_call(slow_at_first, repeats=5, warmup=3)
-    assert len(calls) == 8
-    assert found.p95_ms < 40
+def test_figures_worked_by_hand(clock):
+    # 1 to 5 ms: the 95th percentile lies 0.8 of the way from the fourth to the fifth.
+    found = time_call(clock.taking(4, 2, 1, 3, 5), 7, threads=1, repeats=5, warmup=0)
+    assert (found.minimum_ms, found.median_ms, found.p95_ms) == pytest.approx((1, 3, 4.8))
+    assert (found.threads, found.batch, found.repeats) == (1, 7, 5)
 
 
-def test_a_pair_takes_turns_and_gives_the_ratio_with_its_interval():
+def test_warm_up_calls_are_made_and_not_timed(clock):
+    found = time_call(clock.taking(90, 80, 70, 2), repeats=4, warmup=3)
+    assert clock.now == (240 + 4 * 2) * 1e6
+    assert (found.median_ms, found.p95_ms) == (2, 2)
+
+
+def test_a_real_call_takes_real_time():
+    assert time_call(lambda: time.sleep(0.004), repeats=3).minimum_ms >= 4
+
+
+def test_a_pair_takes_turns_and_gives_the_median_of_its_ratios(clock):
     order = []
+    before, after = clock.taking(9, 6, 8, 6, 30, 6), clock.taking(9, 2, 2, 2, 3, 3)
     pair = time_pair(
-        lambda: (order.append("a"), time.sleep(0.006)),
-        lambda: (order.append("b"), time.sleep(0.002)),
-        repeats=12,
+        lambda: (order.append("a"), before()),
+        lambda: (order.append("b"), after()),
+        repeats=5,
         warmup=1,
     )
-    assert "".join(order) == "ab" + "abba" * 6
-    assert 2 < pair.ratio < 3.2
-    assert pair.low <= pair.ratio <= pair.high
-    assert pair.before.minimum_ms >= 6
-    assert 2 <= pair.after.minimum_ms < 6
+    assert "".join(order) == "ab" + "abba" * 2 + "ab"
+    # Pairs 6/2, 8/2, 6/2, 30/3, 6/3: their median, not the ratio of the medians or of the means.
+    assert pair.ratio == pytest.approx(3)
+    assert (pair.before.median_ms, pair.after.median_ms) == pytest.approx((6, 2))
+    assert 2 <= pair.low <= 3 <= pair.high <= 10
 
 
-def test_the_interval_narrows_around_equal_calls():
-    pair = time_pair(sleeper(3), sleeper(3), repeats=40)
-    assert 0.8 < pair.low <= pair.high < 1.25
+def test_the_interval_closes_around_a_ratio_without_noise(clock):
+    pair = time_pair(clock.taking(6), clock.taking(4), repeats=9)
+    assert (pair.low, pair.ratio, pair.high) == (1.5, 1.5, 1.5)
 
 
 def test_a_model_is_timed_decoded_and_left_as_it_was():
@@ -74,8 +97,7 @@ def test_a_model_is_timed_decoded_and_left_as_it_was():
 
 
 def test_two_models_are_timed_in_turn():
-    small, large = nn.Linear(8, 8), nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)])
-    wide = nn.Sequential(nn.Linear(8, 512), large)
+    small, wide = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4096), nn.Linear(4096, 4096))
     pair = latency_ab(wide, small, torch.zeros(4, 8), repeats=15)
     assert pair.ratio > 3
     plain = pair.as_json()
@@ -100,4 +122,4 @@ def test_threads_come_back_after_an_error():
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
-        time_call(sleeper(0), **options)
+        time_call(lambda: None, **options)
