@@ -93,7 +93,7 @@ def _described(item: Tensor | Form, name: str, shelf: Shelf, bits: int = 8) -> P
             f'"{name}" is held by a {type(item).__name__} of shape {item.shape}, which exists for '
             "training only; freeze() it first and hold what that returns"
         )
-    if KINDS.get(item.kind) is not type(item):
+    if not isinstance(item, KINDS.get(item.kind, ())):
         raise ModelError(
             f'"{name}" is held by a {type(item).__name__} of shape {item.shape}, which is none of '
             f"the forms a file knows {sorted(KINDS)}; add it to forms.KINDS"
