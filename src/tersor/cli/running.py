@@ -94,7 +94,7 @@ def _print(answer: Answer, output: Any) -> None:
     if output is None:
         from tersor.report.terminal import console
 
-        console().print(answer.view())
+        console().print(answer.view(), crop=False)
     else:
         from tersor.report.store import as_json
 

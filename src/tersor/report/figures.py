@@ -41,7 +41,9 @@ def change(number: float, unit: str, shown: str | None = None) -> str:
 
     shown: what to write for the unit, where that is not its name
     """
-    text = f"{number:+.2f}" if unit == "points" or abs(number) >= 10 else f"{number:+.4f}"
+    places = 2 if unit == "points" or abs(number) >= 10 else 4
+    # Adding zero turns a negative zero into a plain one.
+    text = f"{round(number, places) + 0.0:+.{places}f}"
     text = f"{text} {unit if shown is None else shown}".rstrip()
     return text.replace("-", "\N{MINUS SIGN}")
 

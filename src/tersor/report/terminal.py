@@ -26,7 +26,7 @@ def console() -> Console:
 
 def terminal(report: Data, *, to: Console | None = None) -> None:
     """Prints a report: the verdict, before and after, layers, notes."""
-    (to or console()).print(report_view(report))
+    (to or console()).print(report_view(report), crop=False)
 
 
 def report_view(report: Data) -> RenderableType:
