@@ -83,12 +83,16 @@ def heat(sensitivity: list[Data], chosen: dict[str, str]) -> tuple[Markup, int]:
 
     chosen: layer -> the option it got, which is outlined
     """
-    cells = {(row["layer"], row["option"]): float(row["divergence"]) for row in sensitivity}
+    # JSON has no infinity: what is null there broke the outputs altogether.
+    cells = {
+        (row["layer"], row["option"]): math.inf if (d := row["divergence"]) is None else float(d)
+        for row in sensitivity
+    }
     options = _by_harm(cells)
     layers = list(dict.fromkeys(layer for layer, _ in cells))
     worst = {layer: max(v for (name, _), v in cells.items() if name == layer) for layer in layers}
     kept = set(sorted(layers, key=lambda layer: -worst[layer])[:ROWS])
-    positive = [v for v in cells.values() if v > 0]
+    positive = [v for v in cells.values() if 0 < v < math.inf]
     low, high = _logs(positive)
     shared = _shared_prefix(options)
     head = tag("tr", tag("th", "layer"), [tag("th", option[len(shared) :]) for option in options])
@@ -107,7 +111,9 @@ def heat(sensitivity: list[Data], chosen: dict[str, str]) -> tuple[Markup, int]:
 def _cell(divergence: float | None, low: float, high: float, chosen: bool) -> Markup:
     if divergence is None:
         return tag("td", "")
-    depth = (math.log10(divergence) - low) / (high - low) if divergence > 0 and high > low else 0.0
+    depth = 1.0 if divergence == math.inf else 0.0
+    if 0 < divergence < math.inf and high > low:
+        depth = (math.log10(divergence) - low) / (high - low)
     return tag(
         "td",
         figures.digits(divergence),
