@@ -30,15 +30,15 @@ def magnitude(
     task: Task | None = None,
     *,
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5,
-    scope: Literal["global", "layer"] = "global",
+    scope: Literal["layer", "global"] = "layer",
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> nn.Module:
     """Sets the smallest weights to zero and stores the rest under a bitmask, in place.
 
     sparsity: fraction of the weights that become zero, above 0 and below 1
-    scope: "global" compares all chosen weights with each other, so that layers with small weights
-        lose more; "layer" removes the same fraction of each
+    scope: "layer" removes the same fraction of each; "global" compares all chosen weights with each
+        other, so that layers with small weights lose more: better for networks with batch norm
     include, exclude: patterns on names and types, see `walk`
 
     Removes exactly round(sparsity * n) of n weights; zeros that were there already count. Raises
