@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tersor.measure.figures import Figures
 from tersor.measure.running import Inputs, call, evaluating, tensors_in
 from tersor.measure.size import stored_tensors
+from tersor.surgery.hold import held
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,18 @@ def peak_memory(model: nn.Module, inputs: Inputs) -> Memory:
     `process_peak_rss` for those.
     """
     with evaluating(model):
-        given = {_key(t): t for t in (*tensors_in(inputs), *model.parameters(), *model.buffers())}
+        # Decoded weights count as weights, though the pass sees views of them come out of operators.
+        weights = [form.value() for _, form in held(model)]
+        known = (*tensors_in(inputs), *model.parameters(), *model.buffers(), *weights)
+        given = {_key(t): t for t in known}
         with _Alive(set(given)) as alive:
             outputs = call(model, inputs)
         del outputs
-    weights = {
+    stored = {
         id(t): torch.Size(t.shape).numel() * t.dtype.itemsize for *_, t in stored_tensors(model)
     }
     batch = {_key(t): t.untyped_storage().nbytes() for t in tensors_in(inputs)}
-    return Memory(alive.peak, sum(weights.values()), sum(batch.values()))
+    return Memory(alive.peak, sum(stored.values()), sum(batch.values()))
 
 
 def process_peak_rss() -> int:

@@ -18,7 +18,8 @@ from tersor.plan.journal import model_hash
 from tersor.plan.progress import Bar
 from tersor.plan.search import search, shortfalls
 from tersor.plan.study import measure_choices, study
-from tersor.plan.summary import check_costs, summary
+from tersor.plan.summary import overruns, summary
+from tersor.plan.target import check_target
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import Recipe
 from tersor.report import html
@@ -125,11 +126,19 @@ def _finish(bench: Bench, recipe: list[dict[str, Any]] | None) -> Result:
     path = bench.write(point.recipe, bench.folder.model, bench.file_metrics(point.metrics))
     compressed = bench.reload(path, point.recipe)
     report = summary(bench, point, compressed, path)
-    check_costs(bench, report)
+    if bench.budget.target is not None:
+        report["exports"] = {bench.budget.target: check_target(bench, compressed)}
+    over = overruns(bench.budget, report)
+    report["met"] = not over
     for trial in bench.folder.path.glob("trial-*.tersor"):
         trial.unlink()
     write_text(bench.folder.report, json.dumps(report, indent=1))
     html(report, bench.folder.page)
+    if over:
+        raise BudgetError(
+            f"{over}. The methods here change how weights are stored, which steers size and "
+            f"quality alone; the file and its report are kept in {bench.folder.path}"
+        )
     return Result(compressed, path, bench.folder.path, report)
 
 

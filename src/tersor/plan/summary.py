@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.errors import BudgetError
 from tersor.measure import compare, latency_ab, macs, peak_memory, size
+from tersor.plan.budget import Budget
 from tersor.plan.search import front
 from tersor.plan.study import Study, batch_size
 from tersor.plan.trial import Bench, Point
@@ -68,32 +68,23 @@ def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> di
     return report
 
 
-def check_costs(bench: Bench, report: dict[str, Any]) -> None:
-    """Raises BudgetError where a limit on size, latency, memory or MACs does not hold."""
-    budget, costs = bench.budget, report["costs"]
-    measured = {
-        "size": (report["file"]["bytes"], report["before"]["bytes"], "bytes"),
-        **{
-            name: (costs[name]["after"], costs[name]["before"], unit)
-            for name, unit in (
-                ("latency_ms", "ms"),
-                ("memory", "bytes of activations"),
-                ("macs", "MACs"),
-            )
-            if costs.get(name)
-        },
-    }
+def overruns(budget: Budget, report: dict[str, Any]) -> str:
+    """A sentence on every limit on size, latency, memory or MACs that the result does not keep."""
+    costs = report["costs"]
+    measured = {"size": (report["file"]["bytes"], report["before"]["bytes"], "bytes")}
+    for name, unit in (("memory", "bytes of activations"), ("macs", "MACs"), ("latency_ms", "ms")):
+        cost = report.get("exports", {}).get(budget.target, {}).get(name) or costs.get(name)
+        if cost:
+            measured[name] = (cost["after"], cost["before"], unit)
+    said = []
     for name, (after, before, unit) in measured.items():
         limit = getattr(budget, name)
         if limit is not None and after > limit.resolve(before):
-            raise BudgetError(
-                f"{name}={limit} allows {limit.resolve(before):,.6g} {unit}, and the result has "
-                f"{after:,.6g} (the "
-                f"original {before:,.6g}); the {name} limit binds: the methods here change how "
-                "weights are stored, "
-                "so only `size` and quality limits can steer them. The file is kept at "
-                f"{report['file']['path']}"
+            said.append(
+                f"{name}={limit} allows {limit.resolve(before):,.6g} {unit} and the result has "
+                f"{after:,.6g} (the original {before:,.6g}), so the {name} limit binds"
             )
+    return "; ".join(said)
 
 
 def environment() -> dict[str, Any]:
