@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.codec import container, load, read_header, save, verify
-from tersor.errors import FileError, OutputError
+from tersor.codec import container, header_reader, load, read_header, save, verify
+from tersor.errors import FileError, ModelError, OutputError
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_write_that_fails_leaves_the_old_file(old, net, monkeypatch, step, err
 def test_an_interrupt_while_encoding_leaves_the_old_file(old, net, monkeypatch):
     monkeypatch.setattr(container, "canonical", lambda value: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        container.write(old[0], {}, b"", iter([(["int8", 8], [b"x"])]))
+        container.write(old[0], {}, b"", iter([(["int8", 8], [b"x"])]), str)
     assert_untouched(old)
 
 
@@ -139,3 +139,13 @@ def test_a_description_beyond_the_limit_is_refused_when_written(tmp_path, monkey
     with pytest.raises(OutputError, match="above the limit of 500"):
         save(nn.Linear(3, 2), tmp_path / "net.tersor", provenance={"note": "x" * 500})
     assert os.listdir(tmp_path) == []
+
+
+def test_what_no_reader_would_accept_is_not_written(tmp_path, monkeypatch, old):
+    monkeypatch.setattr(header_reader, "SMALLEST_LIMIT", 10_000)
+    # A hundred thousand zeros compress to far less than a sixty-fourth.
+    net = nn.Linear(1000, 100)
+    nn.init.zeros_(net.weight)
+    with pytest.raises(ModelError, match=r"its tensors unfold to 400400 bytes, above the limit"):
+        save(net, old[0])
+    assert_untouched(old)

@@ -14,7 +14,7 @@ import secrets
 import stat
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,11 +190,16 @@ def _split(content: bytes, lengths: Iterable[int]) -> list[memoryview]:
 
 
 def write(
-    path: Path, header: dict[str, Any], program: bytes, chunks: Iterable[tuple[Any, list[bytes]]]
+    path: Path,
+    header: dict[str, Any],
+    program: bytes,
+    chunks: Iterable[tuple[Any, list[bytes]]],
+    check: Callable[[Path], None],
 ) -> None:
     """Writes a file in one piece or not at all; the header gets "chunks", the table of them.
 
     chunks: (what the table says first about a chunk, its streams), made one at a time
+    check: is given the finished draft, and raises where it must not take the place of `path`
     """
     try:
         with tempfile.SpooledTemporaryFile(_SPOOL, dir=str(path.parent)) as body:
@@ -202,7 +207,7 @@ def write(
             text = canonical(header | {"chunks": table})
             length = body.tell()
             body.seek(0)
-            with _replacing(path) as file:
+            with _replacing(path, check) as file:
                 _write_all(file, text, program, body, length)
     except OSError as error:
         if isinstance(error, OutputError):
@@ -253,7 +258,7 @@ def _write_all(
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def _replacing(path: Path, check: Callable[[Path], None]) -> Iterator[IO[bytes]]:
     """A new file beside `path` that takes its place only when complete and on the disk."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give the path of a file in it")
@@ -263,6 +268,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        check(draft)
         os.replace(draft, path)
     except BaseException:
         with suppress(OSError):

@@ -18,7 +18,7 @@ from tersor.codec.interpreter import Interpreted
 from tersor.codec.into import check_complete, place
 from tersor.codec.pack import Unreadable
 from tersor.codec.program import Program
-from tersor.errors import FileError, OptionError
+from tersor.errors import FileError, ModelError, OptionError
 from tersor.forms import Form
 from tersor.recipe import Recipe, recipe_of
 
@@ -65,6 +65,7 @@ def save(
         as_json(entries, constants, notes),
         b"" if program is None else program.to_json(),
         ((coding_json(coding), streams) for coding, streams in shelf.chunks()),
+        _check_readable,
     )
     return path
 
@@ -111,6 +112,17 @@ def verify(path: str | Path) -> Header:
             assembled(header.entries, items, program)
         _recipe(header)
     return header
+
+
+def _check_readable(draft: Path) -> None:
+    """A file that `load` would refuse must not be written either."""
+    try:
+        with opened(draft) as (file, size):
+            parse(read_text(file, size))
+    except Unreadable as error:
+        raise ModelError(
+            f"the model would make a file that nobody may read: {error}; store it in several files"
+        ) from None
 
 
 def _program(model: nn.Module, example: Example | None) -> Program | None:
