@@ -26,7 +26,7 @@ def test_sizes(number, text):
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(999, "999"), (9_999, "9,999"), (568_740_352, "569 M"), (1_200_000, "1.20 M"), (4.1e9, "4.10 G")],
+    [(999, "999"), (9_999, "9,999"), (568_740_352, "569 M"), (1.2e6, "1.20 M"), (4.1e9, "4.10 G")],
 )  # fmt: skip
 def test_counts(number, text):
     assert figures.count(number) == text

@@ -244,7 +244,7 @@ def test_the_heat_map_outlines_what_was_chosen():
     # Logarithms -6, -2 and -4 between the ends: 0, 1 and a half of the full shade.
     assert shades == [0.0, 0.5, 0.25]
     assert drawn.count('class="chosen"') == 1
-    assert re.search(r'class="chosen"[^>]*>0.0100<', drawn)
+    assert re.search(r'class="chosen"[^>]*>1.0e-2<', drawn)
 
 
 def test_points_stand_where_their_figures_say():

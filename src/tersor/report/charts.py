@@ -50,7 +50,8 @@ def _layer_bar(name: str, shape: str, before: float, after: float, most: float) 
     text = f"{figures.size(before)} \N{RIGHTWARDS ARROW} {figures.size(after)}"
     return tag(
         "div",
-        tag("span", name, class_="name mono", title=f"{name} {shape}".strip()),
+        # A name that is too long loses its beginning, which it shares with its neighbours.
+        tag("span", tag("bdi", name), class_="name mono", title=f"{name} {shape}".strip()),
         picture,
         tag("span", text, class_="n"),
         class_="bar",
@@ -116,7 +117,7 @@ def _cell(divergence: float | None, low: float, high: float, chosen: bool) -> Ma
         depth = (math.log10(divergence) - low) / (high - low)
     return tag(
         "td",
-        figures.digits(divergence),
+        figures.power(divergence),
         class_="chosen" if chosen else None,
         style=f"background:rgba(var(--heat),{0.5 * depth:.2f})",
     )

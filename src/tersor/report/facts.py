@@ -83,6 +83,13 @@ def _sizes(report: Data) -> list[Fact]:
     return [Fact("Size", figures.size(before), figures.size(after), note, after < before)]
 
 
+def highlights(comparison: Data) -> list[Fact]:
+    """What belongs beside the size: the headline metric, then how alike the answers are."""
+    found = quality(comparison)
+    others = len(comparison.get("metrics") or {})
+    return [*found[:1], *found[others:], *found[1:others]][:3] if others else found[:3]
+
+
 def quality(comparison: Data) -> list[Fact]:
     """Each metric before and after with the paired interval of its change, then the agreement."""
     rows = []

@@ -30,6 +30,14 @@ def digits(number: float) -> str:
     return f"{number:.{max(0, 2 - magnitude)}f}"
 
 
+def power(number: float) -> str:
+    """Two digits and an exponent, for columns to compare: "1.2e-4"."""
+    if not math.isfinite(number) or number == 0:
+        return f"{number:.0f}"
+    digit, _, exponent = f"{number:.1e}".partition("e")
+    return f"{digit}e{int(exponent)}"
+
+
 def value(number: float, unit: str) -> str:
     """A metric: 91.64 with two decimals, smaller scales with four."""
     text = f"{number:.2f}" if unit == "points" or abs(number) >= 10 else f"{number:.4f}"
@@ -67,6 +75,11 @@ def plain(option: Any) -> str:
     if isinstance(option, list | tuple):
         return "[" + ", ".join(plain(item) for item in option) + "]"
     return str(option)
+
+
+def options(given: dict[str, Any]) -> str:
+    """The options of a step that say something: what is None was not asked for."""
+    return plain({name: value for name, value in given.items() if value is not None})
 
 
 def shape(sizes: Any) -> str:

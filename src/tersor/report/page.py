@@ -79,7 +79,7 @@ def _tiles(report: Data) -> Markup:
         tiles.append(
             _tile("Size of the file", f"{before} \N{RIGHTWARDS ARROW} {after}", factor, wide=True)
         )
-    for fact in facts.quality(report.get("comparison") or {})[:3]:
+    for fact in facts.highlights(report.get("comparison") or {}):
         before, after = fact.before.partition(" (")[0], fact.after.partition(" (")[0]
         figure = f"{before} \N{RIGHTWARDS ARROW} {after}" if before else after
         tiles.append(_tile(fact.label, figure, fact.note))

@@ -136,7 +136,7 @@ def _classes(report: Data) -> object:
             figures.value(row["before"], "points"),
             figures.value(row["after"], "points"),
             figures.change(row["delta"], "points", ""),
-            tag("td", charts.class_bar(row["delta"], most), style="width:30%;min-width:5rem"),
+            tag("td", charts.class_bar(row["delta"], most), class_="aside", style="width:30%"),
         ]
         for row in rows
     ]
@@ -157,7 +157,7 @@ def _flips(report: Data, pictures: bool) -> Markup:
     )
     counts = counts or f"{flips.get('total', 0)} decisions changed"
     if comparison.get("mcnemar") is not None:
-        counts += f" (chance of a gap this large if none were meant: {comparison['mcnemar']:.2f})"
+        counts += f"; McNemar's exact test of the two: p = {comparison['mcnemar']:.2g}"
     examples = (flips.get("examples") or [])[:EXAMPLES]
     words = any("text" in (example.get("input") or {}) for example in examples)
     return tag(
@@ -209,7 +209,7 @@ def _recipe(report: Data) -> Markup:
         tag(
             "li",
             tag("code", step["method"]),
-            f" {figures.plain(step.get('options') or {})}",
+            f" {figures.options(step.get('options') or {})}",
             tag("div", figures.plain(step["outcome"]), class_="soft")
             if step.get("outcome")
             else "",

@@ -147,7 +147,7 @@ def header_view(found: Data) -> RenderableType:
     )
     rest = f"the {ROWS} largest of {len(tensors)} tensors" if len(tensors) > ROWS else ""
     steps = [
-        Text(f"{number}. {step['method']} {figures.plain(step.get('options') or {})}".rstrip())
+        Text(f"{number}. {step['method']} {figures.options(step.get('options') or {})}".rstrip())
         for number, step in enumerate(found["recipe"], 1)
     ]
     return Group(
