@@ -1,0 +1,230 @@
+"""What every technique promises. The tests walk the table, so a new row is tested at once."""
+
+import copy
+import inspect
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery.nets import Conv1D
+from tersor.codec import load, read_header, save
+from tersor.errors import OptionError
+from tersor.forms import Form
+from tersor.methods import TABLE, replay, run
+from tersor.recipe import defaults_of, name_of
+from tersor.surgery import walk
+from tersor.task import Task, classification
+
+every_technique = pytest.mark.parametrize("name", TABLE)
+
+# A recovery makes nothing smaller, and comes after a step that does.
+RECOVERIES = {name for name in TABLE if name.startswith("recover.")}
+
+
+class Everything(nn.Module):
+    """One of each layer that keeps its weight in its own way; the embedding is also the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(24, 16)
+        self.conv = nn.Conv1d(16, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm1d(16)
+        self.lstm = nn.LSTM(16, 16, batch_first=True)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mix = Conv1D(16, 16)
+        self.inner = nn.Linear(16, 16)
+        self.output = nn.Linear(16, 24, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        x = self.norm(self.conv(x.transpose(1, 2))).transpose(1, 2).relu()
+        x = x + self.lstm(x)[0]
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.output(self.inner(self.mix(x).relu()).mean(1))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = Everything().train()
+    with torch.no_grad():
+        for seed in range(20):
+            model(ids(64, seed))
+    return model.eval()
+
+
+def ids(n: int, seed: int = 0) -> Tensor:
+    return torch.randint(24, (n, 6), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def task() -> Task:
+    return classification(calibration=ids(128, 100), holdout=ids(64, 101))
+
+
+def steps(name: str, **options: object) -> list[dict[str, object]]:
+    """The technique alone, a recovery behind a step that it can recover from."""
+    before = [{"method": "quantize.rtn", "options": {"bits": 3}}] if name in RECOVERIES else []
+    return [*before, {"method": name, "options": options}]
+
+
+def stored_bits(model: nn.Module) -> int:
+    plain = {id(p): p.numel() * p.element_size() * 8 for p in model.parameters()}
+    return sum(
+        site.form.stored_bits() if site.form else plain[id(getattr(*site.uses[0]))]
+        for site in walk(model)
+    )
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Every stored tensor is equal bit for bit, under the same names."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) and first[key].dtype == second[key].dtype
+        for key in first
+    )
+
+
+def test_every_technique_is_named_by_its_file():
+    for name, technique in TABLE.items():
+        assert name_of(technique) == name
+        assert inspect.getmodule(technique).__doc__.count("Source:") == 1
+
+
+@every_technique
+def test_options_are_few_have_defaults_and_are_explained(name):
+    defaults = defaults_of(TABLE[name])
+    assert len(defaults) <= 6
+    assert inspect.Parameter.empty not in defaults.values()
+    json.dumps(defaults)
+    for option in defaults:
+        assert option in TABLE[name].__doc__
+
+
+@every_technique
+def test_the_same_call_gives_the_same_bits(name, task):
+    assert same(run(net(), steps(name), task), run(net(), steps(name), task))
+
+
+@every_technique
+def test_the_recipe_replays_bit_for_bit(name, task):
+    done = run(net(), steps(name), task)
+    again = json.loads(json.dumps(done.recipe.as_json()))
+    twin = replay(net(), again, task)
+    assert same(done, twin)
+    assert twin.recipe == done.recipe
+
+
+@every_technique
+def test_the_given_network_stays_as_it_is(name, task):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    types = [type(m) for m in model.modules()]
+    out = run(model, steps(name), task)
+    assert [type(m) for m in model.modules()] == types
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in out.parameters()}
+
+
+@every_technique
+def test_a_file_gives_the_network_back(name, task, tmp_path):
+    done = run(net(), steps(name), task)
+    path = save(done, tmp_path / "done.tersor", example=ids(2))
+    with torch.no_grad():
+        expected = done(ids(5, 7))
+        for loaded in (load(path), load(path, into=net())):
+            assert torch.allclose(loaded(ids(5, 7)), expected, rtol=1e-6, atol=1e-6)
+    assert same(load(path, into=net()), done)
+    assert read_header(path).recipe == done.recipe.as_json()
+    assert same(replay(net(), path, task), done)
+
+
+@every_technique
+def test_torch_exports_what_it_makes(name, task):
+    done = run(net(), steps(name), task)
+    program = torch.export.export(done, (ids(2),)).module()
+    with torch.no_grad():
+        assert torch.allclose(program(ids(2)), done(ids(2)), rtol=1e-5, atol=1e-6)
+
+
+@every_technique
+def test_a_second_time_changes_nothing_or_is_refused(name, task):
+    done = run(net(), steps(name), task)
+    try:
+        twice = run(done, [steps(name)[-1]], task, original=net())
+    except OptionError:
+        return
+    if name in RECOVERIES:
+        # It may go on recovering, but never to a worse place.
+        outcomes = [step.outcome for step in twice.recipe.steps if step.method == name]
+        assert outcomes[1]["divergence_before"] <= outcomes[0]["divergence_before"]
+    else:
+        assert same(twice, done)
+
+
+@every_technique
+def test_it_stores_less_or_is_a_recovery(name, task):
+    model = net()
+    if name in RECOVERIES:
+        compressed = run(model, steps(name)[:1])
+        assert stored_bits(run(model, steps(name), task)) == stored_bits(compressed)
+    else:
+        assert stored_bits(run(model, steps(name), task)) < 0.8 * stored_bits(model)
+
+
+@every_technique
+def test_excluded_layers_are_left_alone(name, task):
+    if "exclude" not in defaults_of(TABLE[name]):
+        assert name in RECOVERIES
+        return
+    model = net()
+    done = run(model, steps(name, exclude=["lstm", "output", "Conv1D"]), task)
+    for path in ("lstm.weight_ih_l0", "lstm.weight_hh_l0", "embedding.weight", "mix.weight"):
+        assert torch.equal(done.get_parameter(path), model.get_parameter(path))
+    changed = {site.name for site in walk(done) if site.form is not None}
+    assert changed == {
+        "conv.weight",
+        "inner.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    }
+
+
+@every_technique
+def test_a_pattern_that_matches_nothing_is_refused(name, task):
+    if "include" not in defaults_of(TABLE[name]):
+        assert name in RECOVERIES
+        return
+    for option in ("include", "exclude"):
+        with pytest.raises(OptionError, match=rf"step 1 of 1, {name}: {option}='Conv9d'"):
+            run(net(), steps(name, **{option: "Conv9d"}), task)
+
+
+@every_technique
+def test_unknown_options_and_wrong_types_are_refused(name, task):
+    with pytest.raises(OptionError, match=f"{name}: there is no option 'strength'"):
+        run(net(), steps(name, strength=1), task)
+    for option in defaults_of(TABLE[name]):
+        with pytest.raises(OptionError, match=f"{name}: {option}="):
+            run(net(), steps(name, **{option: {"not": "this"}}), task)
+
+
+@every_technique
+def test_tied_weights_stay_tied(name, task):
+    done = run(net(), steps(name), task)
+    assert done.output.weight_form is done.embedding.weight_form
+    assert isinstance(done.output.weight_form, Form)
+    assert torch.equal(done.output.weight, done.embedding.weight)
+
+
+@every_technique
+def test_the_network_still_does_nearly_what_it_did(name, task):
+    model = net()
+    done = run(model, steps(name), task)
+    with torch.no_grad():
+        before, after = model(ids(64, 3)), done(ids(64, 3))
+    assert torch.isfinite(after).all()
+    centred = [x - x.mean() for x in (before, after)]
+    assert torch.cosine_similarity(*(x.flatten() for x in centred), dim=0) > 0.7
