@@ -5,12 +5,15 @@ import math
 import pytest
 import torch
 
-from tersor.export.onnx_forms import Writer, affine, lower
+from tersor.export.onnx_forms import lower
+from tersor.export.onnx_products import multiply_codes
 from tersor.export.onnx_rows import gather_rows, pack
+from tersor.export.onnx_writer import Writer
 from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM
 from tersor.surgery import hold
 
 ir = pytest.importorskip("onnx_ir", reason="needs the extra onnx")
+passes = pytest.importorskip("onnx_ir.passes.common", reason="needs the extra onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
 SHAPES = [(6, 40), (5, 3, 3, 3), (4, 2, 7), (1, 9)]
@@ -36,7 +39,7 @@ def run(value, writer, decode=True, opset=21):
 
 def execute(graph, feed, decode=True):
     model = ir.Model(graph, ir_version=12 if graph.opset_imports[""] == 25 else 10)
-    ir.passes.common.NameFixPass()(model)
+    passes.NameFixPass()(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if decode:
@@ -86,13 +89,44 @@ def test_two_bit_integers_take_two_bits_from_opset_25_on(bits):
     assert writer.stored["w.codes"] == ("INT2", 60)
 
 
-@pytest.mark.parametrize(
-    ("axis", "group_size"), [(0, None), (0, 16), (1, 4), (1, None), (None, 16)]
-)
-def test_a_transposed_weight_is_the_transpose(axis, group_size):
-    form = Affine.encode(weight_of((6, 40)), bits=4, axis=axis, group_size=group_size)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("operator", ["Gemm", "Transpose", "MatMul"])
+def test_products_read_codes_as_inputs_by_outputs(operator, group_size, symmetric):
+    linear, shape = operator != "MatMul", (6, 40) if operator != "MatMul" else (40, 6)
+    form = Affine.encode(
+        weight_of(shape), bits=4, axis=int(not linear), group_size=group_size, symmetric=symmetric
+    )
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=["b", 40])
+    weight = ir.val("weight", dtype=ir.DataType.FLOAT, shape=shape)
+    nodes = [ir.node("Transpose", [weight], {"perm": [1, 0]})] if operator == "Transpose" else []
+    right = nodes[0].outputs[0] if nodes else weight
+    right.shape = right.shape or ir.Shape([40, 6])
+    if operator == "Gemm":
+        nodes.append(ir.node("Gemm", [x, right], {"transB": 1}))
+    else:
+        nodes.append(ir.node("MatMul", [x, right]))
+    nodes[-1].outputs[0].dtype = ir.DataType.FLOAT
+    graph = ir.Graph([x], nodes[-1].outputs, nodes=nodes, opset_imports={"": 21}, name="product")
     writer = Writer("w", 21)
-    assert torch.equal(run(affine(form, writer, transposed=True), writer), form.dense().T)
+    assert multiply_codes(form, weight, writer)
+    graph.insert_before(graph[0], writer.nodes)
+    graph.initializers.update(writer.initializers)
+    rows = torch.eye(40)
+    wanted = form.dense().T if linear else form.dense()
+    assert torch.equal(execute(graph, {"x": rows.numpy()}), wanted)
+    assert writer.initializers["w.codes"].shape == (40, 6)
+    assert writer.stored["w.codes"] == ("INT4", 120)
+
+
+@pytest.mark.parametrize(("axis", "group_size"), [(1, None), (None, None), (0, 10), (0, 512)])
+def test_codes_that_no_product_kernel_takes_are_left_to_the_loader(axis, group_size):
+    form = Affine.encode(weight_of((6, 40)), bits=8, axis=axis, group_size=group_size)
+    weight = ir.val("weight", dtype=ir.DataType.FLOAT, shape=[6, 40])
+    ir.node("Gemm", [ir.val("x"), weight], {"transB": 1})
+    writer = Writer("w", 21)
+    assert not multiply_codes(form, weight, writer)
+    assert writer.stored == {}
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,9 +1,12 @@
 """Writes a compressed model as an ONNX file whose weights stay compressed, and proves the file.
 
 What is written: codes of 5 to 8 bits as INT8 and of 1 to 4 bits as INT4, two to a byte (from opset
-25 on codes of 1 and 2 bits as INT2), with DequantizeLinear behind them; codebooks as indices with
-Gather; masks and N:M places with ScatterElements; narrow floats with Cast. Before the file gets its
-name, its initializers are read back and counted, and its outputs are compared with torch's.
+25 on codes of 1 and 2 bits as INT2); codebooks as indices with Gather; masks and N:M places with
+ScatterElements; narrow floats with Cast. Linear layers read their codes through DequantizeLinear,
+which ONNX Runtime fuses into the product; other codes are cast and scaled when it loads the file.
+
+Before the file gets its name, its initializers are read back and counted, and its outputs are
+compared with torch's.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ def to_onnx(
     *,
     example: Inputs,
     opset: int = 21,
+    integer_products: bool = True,
     check: bool = True,
     tolerance: float = 1e-4,
 ) -> Exported:
@@ -72,6 +76,9 @@ def to_onnx(
 
     example: one batch: a tensor, a tuple for model(*x) or a dict for model(**x)
     opset: 21 to 25; 25 also has 2-bit integers, which an older ONNX Runtime does not read
+    integer_products: let ONNX Runtime multiply by the codes of linear layers: least memory and
+        quickest for small batches, but a session with default options rounds activations to 8 bits
+        for it. False: torch's outputs in every session
     check: run the file and compare its outputs with torch's, on the example and on a larger batch
     tolerance: largest difference allowed, relative to the largest output
 
@@ -90,7 +97,7 @@ def to_onnx(
     with torch.no_grad(), replaced(Path(path)) as temporary:
         wanted, tensors = call_of(reference, args, kwargs)
         call, _ = call_of(copy.deepcopy(reference), args, kwargs)
-        graph = build(call, tensors, opset)
+        graph = build(call, tensors, opset, integer_products=integer_products)
         size = save(graph.model, temporary)
         check_bytes(temporary, graph.weights)
         found: dict[Session, Difference] = {}

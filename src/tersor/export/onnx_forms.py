@@ -6,72 +6,15 @@ counts here is that the file holds the codes and never a float copy of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tersor.export.onnx_writer import Writer, stored_bits, to_array
 from tersor.forms import Affine, Bitmask, Codebook, Dense, Form, NofM
 from tersor.forms.form import unrows
-
-INT2_OPSET = 25
-"""The first opset with 2-bit integers; below it they are stored as 4-bit ones."""
-
-
-@dataclass
-class Writer:
-    """Collects what one weight becomes: its operators, its initializers and what to say about it.
-
-    name: the weight's name, the stem of all names
-    stored: initializer name -> (ONNX type, bytes), the promise that the written file must keep
-    """
-
-    name: str
-    opset: int
-    notes: list[str] = field(default_factory=list)
-    nodes: list[Any] = field(default_factory=list)
-    initializers: dict[str, Any] = field(default_factory=dict)
-    stored: dict[str, tuple[str, int]] = field(default_factory=dict)
-
-    def op(self, kind: str, *inputs: Any, **attributes: Any) -> Any:
-        """Adds a node of the standard domain and returns its output."""
-        import onnx_ir
-
-        self.nodes.append(onnx_ir.node(kind, list(inputs), attributes))
-        return self.nodes[-1].outputs[0]
-
-    def numbers(self, role: str, values: Sequence[int]) -> Any:
-        """A small int64 vector: a shape, axes, positions."""
-        return self._initializer(role, np.array(values, np.int64))
-
-    def store(self, role: str, tensor: Tensor, bits: int | None = None) -> Any:
-        """An initializer of exactly `tensor`, its integers packed to `bits` where ONNX can."""
-        value = self._initializer(role, to_array(tensor, bits, self.opset))
-        self.stored[value.name] = (value.dtype.name, value.const_value.nbytes)
-        return value
-
-    def _initializer(self, role: str, array: np.ndarray[Any, Any]) -> Any:
-        import onnx_ir
-
-        name = f"{self.name}.{role}"
-        if name not in self.initializers:
-            data = onnx_ir.tensor(array, name=name)
-            self.initializers[name] = onnx_ir.val(name, const_value=data)
-        return self.initializers[name]
-
-    def cast(self, value: Any, dtype: torch.dtype) -> Any:
-        """`value` as `dtype`."""
-        to = onnx_type(dtype)
-        if value.dtype is not None and int(value.dtype) == to:
-            return value
-        return self.op("Cast", value, to=to)
-
-    def reshape(self, value: Any, role: str, shape: Sequence[int]) -> Any:
-        """`value` in another shape."""
-        return self.op("Reshape", value, self.numbers(role, shape))
 
 
 def lower(form: Form, writer: Writer, role: str = "", bits: int | None = None) -> Any:
@@ -134,49 +77,51 @@ def _nofm(form: NofM, writer: Writer, role: str, bits: int | None) -> Any:
 
 
 def _affine(form: Affine, writer: Writer, role: str, bits: int | None) -> Any:
-    return affine(form, writer, role)
+    """(codes - zero) * scale, which every runtime can compute once when it loads the file.
 
-
-def affine(form: Affine, writer: Writer, role: str = "", *, transposed: bool = False) -> Any:
-    """DequantizeLinear of the codes: per tensor, per axis, or in blocks for groups of inputs.
-
-    (codes - zero) * scale is exact in float32, where both factors have at most 9 bits; a narrower
-    weight is rounded once after it, as torch does.
-
-    transposed: a 2-D weight the other way round, as MatMul reads it
+    That is exact in float32, where both factors have at most 9 bits; a narrower weight is rounded
+    once after it, as torch does.
     """
-    axis, grouped, two = form.axis, form.scale.shape[1] > 1, len(form.shape) == 2
-    if two and axis is not None:
-        inputs_first = (axis == 1) != transposed
-        codes = _codes(form, writer, role, inputs_first)
-        blocks = {"axis": int(not inputs_first), "block_size": form.group_size or 1}
-        along = blocks if grouped else {"axis": int(inputs_first)}
-        return _dequantize(form, writer, role, codes, along, inputs_first)
-    if grouped:
-        matrix = _codes(form, writer, role, False)
-        along = {"axis": 1, "block_size": form.group_size or 1}
-        weight = _as_weight(_dequantize(form, writer, role, matrix, along), form, writer, role)
-        return writer.op("Transpose", weight, perm=[1, 0]) if transposed else weight
-    if _sparse_codes(form, writer):
-        codes = _as_weight(_codes(form, writer, role, False), form, writer, role)
-        codes = writer.op("Transpose", codes, perm=[1, 0]) if transposed else codes
+    grouped, axis = form.scale.shape[1] > 1, form.axis
+
+    def beside(tensor: Tensor, name: str, bits: int | None = None) -> Any:
+        """A scale or zero point for each group, shaped to go with the codes."""
+        if grouped:
+            value = writer.store(f"{role}{name}", tensor[..., None], bits)
+            return _spread(writer.cast(value, torch.float32), form, writer, role)
+        along = [tensor.numel() if dim == axis else 1 for dim in range(len(form.shape))]
+        value = writer.store(f"{role}{name}", tensor.reshape(along), bits)
+        return writer.cast(value, torch.float32)
+
+    if sparse_codes(form, writer):
+        codes = part(form, "codes", writer, role, form.bits)
+        codes = codes if grouped else _as_weight(codes, form, writer, role)
     else:
         levels = level_codes(form)
-        whole = levels.reshape(form.shape) if axis is None else unrows(levels, form.shape, axis)
-        codes = writer.store(f"{role}codes", whole.T if transposed else whole, form.bits)
-    return _dequantize(form, writer, role, codes, {} if axis is None else {"axis": axis})
+        flat = levels.reshape(form.shape) if axis is None else unrows(levels, form.shape, axis)
+        codes = writer.store(f"{role}codes", levels if grouped else flat, form.bits)
+    weight = writer.cast(codes, torch.float32)
+    if form.zero is not None:
+        weight = writer.op("Sub", weight, beside(form.zero, "zero", form.bits))
+    weight = writer.op("Mul", weight, beside(form.scale.detach(), "scale"))
+    weight = weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
+    return _as_weight(weight, form, writer, role) if grouped else weight
 
 
-def _codes(form: Affine, writer: Writer, role: str, inputs_first: bool) -> Any:
-    """The codes as one value of shape (outputs, inputs) or (inputs, outputs)."""
-    if _sparse_codes(form, writer):
-        value = part(form, "codes", writer, role, form.bits)
-        return writer.op("Transpose", value, perm=[1, 0]) if inputs_first else value
-    codes = level_codes(form)
-    return writer.store(f"{role}codes", codes.T if inputs_first else codes, form.bits)
+def _spread(per_group: Any, form: Affine, writer: Writer, role: str) -> Any:
+    """Repeats (outputs, groups, 1) to (outputs, inputs); the last group may be cut short."""
+    outputs, inputs = form.codes.shape
+    size = form.group_size or 1
+    wide = writer.op("Expand", per_group, writer.numbers(f"{role}group", (1, 1, size)))
+    flat = writer.reshape(wide, f"{role}rows", (outputs, -1))
+    if inputs % size == 0:
+        return flat
+    ends = [writer.numbers(f"{role}{name}", (n,)) for name, n in (("from", 0), ("to", inputs))]
+    return writer.op("Slice", flat, *ends, writer.numbers(f"{role}dim", (1,)))
 
 
-def _sparse_codes(form: Affine, writer: Writer) -> bool:
+def sparse_codes(form: Affine, writer: Writer) -> bool:
+    """True where the codes are held sparse and take less room so."""
     inner = form._modules.get("codes_form")
     # One-bit symmetric codes stand for -1 and +1: none of them is a zero weight.
     if not isinstance(inner, Bitmask | NofM) or (form.bits == 1 and form.zero is None):
@@ -186,29 +131,6 @@ def _sparse_codes(form: Affine, writer: Writer) -> bool:
     if not smaller:
         writer.notes.append("zeros stored: their places would take more room")
     return smaller
-
-
-def _dequantize(
-    form: Affine,
-    writer: Writer,
-    role: str,
-    codes: Any,
-    along: dict[str, int],
-    inputs_first: bool = False,
-) -> Any:
-    def arranged(tensor: Tensor) -> Tensor:
-        if "block_size" in along:
-            return tensor.T if inputs_first else tensor
-        return tensor.reshape(-1) if along else tensor.reshape(())
-
-    scale = arranged(form.scale.detach())
-    # Beside blocks the scales weigh enough to keep them in bfloat16.
-    scale = scale if "block_size" in along else scale.float()
-    inputs = [codes, writer.cast(writer.store(f"{role}scale", scale), torch.float32)]
-    if form.zero is not None:
-        inputs.append(writer.store(f"{role}zero", arranged(form.zero), form.bits))
-    weight = writer.op("DequantizeLinear", *inputs, **along)
-    return weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
 
 
 def _as_weight(matrix: Any, form: Affine | NofM, writer: Writer, role: str) -> Any:
@@ -228,43 +150,12 @@ def level_codes(form: Affine) -> Tensor:
     return form.codes * 2 + 1 if one_bit else form.codes
 
 
-def stored_bits(bits: int, opset: int) -> int:
-    """Bits of the smallest ONNX integer that holds `bits`."""
-    return 2 if bits <= 2 and opset >= INT2_OPSET else 4 if bits <= 4 else 8
-
-
 def sparse_bits(form: Bitmask | NofM, bits: int, opset: int) -> int:
     """Bits of a sparse form in the file, where its values need `bits` each."""
     places = form.mask.numel() * 8 if isinstance(form, Bitmask) else 0
     if isinstance(form, NofM):
         places = form.places.numel() * stored_bits(dict(form.parts())["places"], opset)
     return places + form.values.numel() * stored_bits(bits, opset)
-
-
-def to_array(tensor: Tensor, bits: int | None, opset: int) -> np.ndarray[Any, Any]:
-    """`tensor` as numpy, with the types numpy lacks from ml_dtypes."""
-    import ml_dtypes
-
-    tensor = tensor.detach().cpu().contiguous()
-    if not tensor.is_floating_point():
-        array = tensor.numpy()
-        if bits is None or bits > 4 or tensor.dtype not in (torch.int8, torch.uint8):
-            return array
-        sign = "" if tensor.dtype == torch.int8 else "u"
-        return array.astype(getattr(ml_dtypes, f"{sign}int{stored_bits(bits, opset)}"))
-    if tensor.dtype in (torch.float64, torch.float32, torch.float16):
-        return tensor.numpy()
-    raw = torch.uint16 if tensor.element_size() == 2 else torch.uint8
-    return tensor.view(raw).numpy().view(getattr(ml_dtypes, str(tensor.dtype).split(".")[1]))
-
-
-def onnx_type(dtype: torch.dtype) -> int:
-    """The number ONNX gives to a torch type."""
-    import onnx_ir
-
-    name = str(dtype).removeprefix("torch.").upper()
-    spelled = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}.get(name, name)
-    return int(onnx_ir.DataType[spelled.replace("FLOAT8_", "FLOAT8")])
 
 
 def _zeros(writer: Writer, shape: Any, dtype: torch.dtype) -> Any:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.export.onnx_forms import LOWERINGS, Writer, affine, lower
+from tersor.export.onnx_forms import LOWERINGS, lower
+from tersor.export.onnx_products import multiply_codes
 from tersor.export.onnx_rows import gather_rows
+from tersor.export.onnx_writer import Writer
 from tersor.forms import Affine, FakeAffine, Form
 from tersor.surgery.hold import form_of, held, hold
 
@@ -101,7 +103,7 @@ def _swap_parts(form: Form, name: str, weights: list[Weight]) -> None:
         weights.append(Weight([path], inner, tensor, bits, notes=["computed when used"]))
 
 
-def fill(graph: Any, weights: list[Weight], opset: int) -> None:
+def fill(graph: Any, weights: list[Weight], opset: int, *, integer_products: bool) -> None:
     """Replaces every placeholder of an onnx_ir graph by the lowered weight, in place."""
     nodes: dict[int, list[Any]] = {}
     for node in list(graph):
@@ -115,22 +117,21 @@ def fill(graph: Any, weights: list[Weight], opset: int) -> None:
         keep, *copies = nodes[index]
         for copy in copies:
             _replace(copy.outputs[0], keep.outputs[0])
-        _write(weight, keep.outputs[0], writer)
+        _write(weight, keep.outputs[0], writer, integer_products)
         graph.insert_before(keep, writer.nodes)
         graph.initializers.update(writer.initializers)
         weight.stored = writer.stored
         graph.remove([keep, *copies])
 
 
-def _write(weight: Weight, old: Any, writer: Writer) -> None:
+def _write(weight: Weight, old: Any, writer: Writer, integer_products: bool) -> None:
     if weight.form is None:
         assert weight.tensor is not None
         value = writer.store("data", weight.tensor, weight.bits)
         _replace(old, writer.cast(value, weight.tensor.dtype))
         return
     form = weight.form
-    if isinstance(form, Affine) and _read_by_products(old):
-        _transpose_uses(old, affine(form, writer, transposed=True))
+    if isinstance(form, Affine) and integer_products and multiply_codes(form, old, writer):
         return
     if isinstance(form, Affine):
         gather_rows(form, old, writer)
@@ -144,36 +145,3 @@ def _replace(old: Any, new: Any) -> None:
 
     new.type, new.shape = old.type, old.shape
     convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-
-
-def _read_by_products(value: Any) -> bool:
-    """True for a 2-D weight that is only ever transposed and multiplied from the right."""
-    uses = list(value.uses())
-    return bool(uses) and all(_is_product(node, place) for node, place in uses)
-
-
-def _is_product(node: Any, place: int) -> bool:
-    if node.op_type == "Gemm":
-        return place == 1 and node.attributes.get_int("transB", 0) == 1
-    if node.op_type == "Transpose":
-        uses = list(node.outputs[0].uses())
-        plain = all(user.op_type == "MatMul" and at == 1 for user, at in uses)
-        return plain and len(node.outputs[0].shape) == 2 and bool(uses)
-    return False
-
-
-def _transpose_uses(old: Any, new: Any) -> None:
-    """Gives every product the weight as (inputs, outputs); the Transpose nodes fall away.
-
-    ONNX Runtime runs MatMul on the codes themselves in this layout, but not Gemm with transB.
-    """
-    import onnx_ir as ir
-
-    new.type, new.shape = old.type, ir.Shape([old.shape[1], old.shape[0]])
-    for node, place in list(old.uses()):
-        if node.op_type == "Gemm":
-            node.replace_input_with(place, new)
-            node.attributes.add(ir.AttrInt64("transB", 0))
-        else:
-            ir.convenience.replace_all_uses_with(node.outputs[0], new)
-            node.graph.remove(node, safe=True)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.export.onnx_forms import Writer, level_codes
+from tersor.export.onnx_forms import level_codes
+from tersor.export.onnx_writer import Writer
 from tersor.forms import Affine, Bitmask, NofM
 
 

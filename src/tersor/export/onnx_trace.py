@@ -35,14 +35,14 @@ class Graph:
     outputs: tuple[str, ...]
 
 
-def build(call: Call, tensors: list[Tensor], opset: int) -> Graph:
+def build(call: Call, tensors: list[Tensor], opset: int, *, integer_products: bool) -> Graph:
     """The ONNX graph of `call`, whose model loses its forms to placeholders."""
     kind = type(call.model).__name__
     _run_once(call, tensors, kind)
     weights = swap(call.model)
     with quiet():
         model = _exported(call, tensors, opset, kind)
-        fill(model.graph, weights, opset)
+        fill(model.graph, weights, opset, integer_products=integer_products)
     inputs, outputs = name_all(model, call, tensors)
     _tidied(model)
     return Graph(model, weights, inputs, outputs)

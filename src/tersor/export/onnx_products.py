@@ -1,0 +1,80 @@
+"""Linear layers: MatMul behind DequantizeLinear, which ONNX Runtime runs on the codes themselves.
+
+It does so (as MatMulNBits) only where the weight is (inputs, outputs), has one scale per output or
+per 16, 32, 64, 128 or 256 inputs, and feeds a MatMul or Gemm directly. Everywhere else it would
+decode the weight in every call, so those weights are computed by operators that it folds at load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tersor.export.onnx_forms import level_codes, part, sparse_codes
+from tersor.export.onnx_writer import Writer
+from tersor.forms import Affine
+
+_GROUPS = (None, 16, 32, 64, 128, 256)
+
+
+def multiply_codes(form: Affine, old: Any, writer: Writer) -> bool:
+    """Gives every use of `old` the weight as (inputs, outputs); False where that cannot be done."""
+    uses = list(old.uses())
+    shapes = {_transposed(node, place) for node, place in uses}
+    if len(form.shape) != 2 or len(shapes) != 1 or None in shapes or form.group_size not in _GROUPS:
+        return False
+    # nn.Linear stores (outputs, inputs) and transposes, GPT-2's Conv1D (inputs, outputs).
+    if form.axis != (0 if True in shapes else 1):
+        return False
+    new = _dequantized(form, writer)
+    _connect(uses, old, new)
+    writer.notes.append("multiplied as codes by a default ONNX Runtime session")
+    return True
+
+
+def _transposed(node: Any, place: int) -> bool | None:
+    """Whether a product transposes its right factor; None for any other operator."""
+    if node.op_type == "Gemm" and place == 1:
+        return bool(node.attributes.get_int("transB", 0))
+    if node.op_type == "MatMul" and place == 1:
+        return False
+    if node.op_type == "Transpose" and len(node.outputs[0].shape) == 2:
+        users = list(node.outputs[0].uses())
+        if users and all(user.op_type == "MatMul" and at == 1 for user, at in users):
+            return True
+    return None
+
+
+def _dequantized(form: Affine, writer: Writer) -> Any:
+    if sparse_codes(form, writer):
+        value = part(form, "codes", writer, "", form.bits)
+        codes = writer.op("Transpose", value, perm=[1, 0])
+    else:
+        codes = writer.store("codes", level_codes(form).T, form.bits)
+    grouped = form.scale.shape[1] > 1
+    scale, zero = form.scale.detach().T, None if form.zero is None else form.zero.T
+    if not grouped:
+        scale, zero = scale.reshape(-1), None if zero is None else zero.reshape(-1)
+    inputs = [codes, writer.cast(writer.store("scale", scale), torch.float32)]
+    if zero is not None:
+        inputs.append(writer.store("zero", zero, form.bits))
+    along = {"axis": 0, "block_size": form.group_size} if grouped else {"axis": 1}
+    weight = writer.op("DequantizeLinear", *inputs, **along)
+    return weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
+
+
+def _connect(uses: list[tuple[Any, int]], old: Any, new: Any) -> None:
+    import onnx_ir as ir
+
+    outputs_first = _transposed(*uses[0])
+    new.type = old.type
+    new.shape = ir.Shape(reversed(old.shape)) if outputs_first else old.shape
+    for node, place in uses:
+        if node.op_type == "Transpose":
+            ir.convenience.replace_all_uses_with(node.outputs[0], new)
+            node.graph.remove(node, safe=True)
+        else:
+            node.replace_input_with(place, new)
+            if node.op_type == "Gemm":
+                node.attributes.add(ir.AttrInt64("transB", 0))

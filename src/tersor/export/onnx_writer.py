@@ -1,0 +1,98 @@
+"""Writes initializers and operators of ONNX, in the smallest types that hold the values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INT2_OPSET = 25
+"""The first opset with 2-bit integers; below it they are stored as 4-bit ones."""
+
+
+@dataclass
+class Writer:
+    """Collects what one weight becomes: its operators, its initializers and what to say about it.
+
+    name: the weight's name, the stem of all names
+    stored: initializer name -> (ONNX type, bytes), the promise that the written file must keep
+    """
+
+    name: str
+    opset: int
+    notes: list[str] = field(default_factory=list)
+    nodes: list[Any] = field(default_factory=list)
+    initializers: dict[str, Any] = field(default_factory=dict)
+    stored: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def op(self, kind: str, *inputs: Any, **attributes: Any) -> Any:
+        """Adds a node of the standard domain and returns its output."""
+        import onnx_ir
+
+        self.nodes.append(onnx_ir.node(kind, list(inputs), attributes))
+        return self.nodes[-1].outputs[0]
+
+    def numbers(self, role: str, values: Sequence[int]) -> Any:
+        """A small int64 vector: a shape, axes, positions."""
+        return self._initializer(role, np.array(values, np.int64))
+
+    def store(self, role: str, tensor: Tensor, bits: int | None = None) -> Any:
+        """An initializer of exactly `tensor`, its integers packed to `bits` where ONNX can."""
+        value = self._initializer(role, to_array(tensor, bits, self.opset))
+        self.stored[value.name] = (value.dtype.name, value.const_value.nbytes)
+        return value
+
+    def _initializer(self, role: str, array: np.ndarray[Any, Any]) -> Any:
+        import onnx_ir
+
+        name = f"{self.name}.{role}"
+        if name not in self.initializers:
+            data = onnx_ir.tensor(array, name=name)
+            self.initializers[name] = onnx_ir.val(name, const_value=data)
+        return self.initializers[name]
+
+    def cast(self, value: Any, dtype: torch.dtype) -> Any:
+        """`value` as `dtype`."""
+        to = onnx_type(dtype)
+        if value.dtype is not None and int(value.dtype) == to:
+            return value
+        return self.op("Cast", value, to=to)
+
+    def reshape(self, value: Any, role: str, shape: Sequence[int]) -> Any:
+        """`value` in another shape."""
+        return self.op("Reshape", value, self.numbers(role, shape))
+
+
+def to_array(tensor: Tensor, bits: int | None, opset: int) -> np.ndarray[Any, Any]:
+    """`tensor` as numpy, with the types numpy lacks from ml_dtypes."""
+    import ml_dtypes
+
+    tensor = tensor.detach().cpu().contiguous()
+    if not tensor.is_floating_point():
+        array = tensor.numpy()
+        if bits is None or bits > 4 or tensor.dtype not in (torch.int8, torch.uint8):
+            return array
+        sign = "" if tensor.dtype == torch.int8 else "u"
+        return array.astype(getattr(ml_dtypes, f"{sign}int{stored_bits(bits, opset)}"))
+    if tensor.dtype in (torch.float64, torch.float32, torch.float16):
+        return tensor.numpy()
+    raw = torch.uint16 if tensor.element_size() == 2 else torch.uint8
+    return tensor.view(raw).numpy().view(getattr(ml_dtypes, str(tensor.dtype).split(".")[1]))
+
+
+def onnx_type(dtype: torch.dtype) -> int:
+    """The number ONNX gives to a torch type."""
+    import onnx_ir
+
+    name = str(dtype).removeprefix("torch.").upper()
+    spelled = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}.get(name, name)
+    return int(onnx_ir.DataType[spelled.replace("FLOAT8_", "FLOAT8")])
+
+
+def stored_bits(bits: int, opset: int) -> int:
+    """Bits of the smallest ONNX integer that holds `bits`."""
+    return 2 if bits <= 2 and opset >= INT2_OPSET else 4 if bits <= 4 else 8
