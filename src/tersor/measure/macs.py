@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.forms.form import Form
 from tersor.measure.figures import Figures
-from tersor.measure.running import Inputs, batch_of, call, evaluating, tensors_in, unfused
+from tersor.measure.running import Inputs, Watching, batch_of, call, evaluating, tensors_in, unfused
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,11 @@ def macs(model: nn.Module, inputs: Inputs) -> Macs:
     return Macs(sum(counts.values()), batch_of(inputs), counts)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(Watching):  # type: ignore[no-untyped-call]
     """Sees every aten operator, and knows which module is running."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.counts: dict[str, int] = {}
         self._running = [""]
         self._owners: dict[int, list[str]] = {}

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.measure.figures import Figures
-from tersor.measure.running import Inputs, call, evaluating, tensors_in
+from tersor.measure.running import Inputs, Watching, call, evaluating, tensors_in
 from tersor.measure.size import stored_tensors
 from tersor.surgery.hold import held
 
@@ -46,7 +45,7 @@ def peak_memory(model: nn.Module, inputs: Inputs) -> Memory:
     `process_peak_rss` for those.
     """
     with evaluating(model):
-        # Decoded weights count as weights, though the pass sees views of them come out of operators.
+        # Decoded weights count as weights, though operators give views of them.
         weights = [form.value() for _, form in held(model)]
         known = (*tensors_in(inputs), *model.parameters(), *model.buffers(), *weights)
         given = {_key(t): t for t in known}
@@ -72,11 +71,11 @@ def process_peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Alive(Watching):  # type: ignore[no-untyped-call]
     """Adds a storage when an operator first returns it, and takes it off when it is freed."""
 
     def __init__(self, known: set[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.peak = self._now = 0
         self._known = known
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tersor.measure.running import tensors_in
+from tersor.measure.running import Watching, tensors_in
 
 
 @dataclass(slots=True)
@@ -113,11 +112,11 @@ class _OtherwiseError(Exception):
     """The model does other operators than it did at first."""
 
 
-class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Trace(Watching):  # type: ignore[no-untyped-call]
     """Notes operators. Storages have numbers, since addresses are used again."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operators: list[_Operator] = []
         self.known: dict[int, int] = {}
         self.outside: dict[int, torch.UntypedStorage] = {}
@@ -205,11 +204,11 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
-class _Skipping(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Skipping(Watching):  # type: ignore[no-untyped-call]
     """Runs what the weight reaches; or, to capture what that needs, everything else."""
 
     def __init__(self, trace: _Trace, plan: _Plan, *, capture: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._operators, self._plan, self._capture, self._at = trace.operators, plan, capture, 0
         # What the operators that run would write into must be new for each run.
         copied = set() if capture else plan.rewritten & plan.kept.keys()
@@ -230,6 +229,8 @@ class _Skipping(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if op.function is not func:
             raise _OtherwiseError
         if self._plan.runs[at] == self._capture:
+            if type(op.output) is _Layout:
+                return self._given(op.output, args)
             return _mapped(op.output, lambda layout: self._given(layout, args), _Layout)
         out = func(*args, **kwargs or {})
         if self._capture:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.errors import ModelError, OptionError
 from tersor.surgery.hold import decoded
@@ -15,6 +16,19 @@ from tersor.surgery.hold import decoded
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Runner = Callable[[], object]
 """One run of anything: a torch model, or a session of an exported runtime."""
+
+
+class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every aten operator that runs while it is active."""
+
+    def __init__(self) -> None:
+        """Nothing but what torch needs."""
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Or torch would load its compiler for every mode, for seconds, to keep it out.
+        return False
 
 
 @contextmanager
