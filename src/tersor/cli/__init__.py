@@ -1,5 +1,7 @@
 """The command line: one file per verb, each a few lines that call the library."""
 
+import os
+
 import typer
 
 from tersor.cli.compare import compare
@@ -43,4 +45,6 @@ def _tersor(
 
 def main() -> None:
     """What the command `tersor` runs."""
+    # Read once, when torch loads OpenMP: idle threads that spin starve the other cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app(prog_name="tersor")

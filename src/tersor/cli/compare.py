@@ -9,16 +9,16 @@ from tersor.cli.running import Answer
 
 
 def compare(
-    before: Annotated[str, typer.Argument(metavar="A", help="The original model.")],
-    after: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.")],
+    before: Annotated[str, typer.Argument(help="The original model.")],
+    after: Annotated[str, typer.Argument(help="The model to compare with it.")],
     data: Data = None,
     like: Like = None,
     seed: Seed = 0,
 ) -> Answer:
-    """What changed from A to B: metrics with intervals, changed decisions, classes.
+    """What changed between two models: metrics with intervals, changed decisions, classes.
 
-    Without --data only sizes are compared. B may be a .tersor file without a graph: A's code is
-    used for it.
+    Without --data only sizes are compared. AFTER may be a .tersor file without a graph: the code
+    of BEFORE is used for it.
     """
     from tersor.cli.opening import opened
     from tersor.measure import compare as measured

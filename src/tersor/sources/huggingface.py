@@ -59,7 +59,8 @@ def from_folder(folder: Path, *, name: str | None = None) -> Opened:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as fault:
+        # Damaged weights and odd settings surface as errors of many types.
+        except Exception as fault:
             raise ModelError(
                 f"{folder} cannot be opened by transformers: {said(fault)}; check that config.json "
                 "and the weights belong together"

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from tersor.errors import ModelError
-from tersor.sources.code import made_by, said
+from tersor.sources.code import made_by
 from tersor.surgery import held
 
 KINDS = (
@@ -102,20 +102,10 @@ def _from_tersor(path: Path, like: nn.Module | None) -> Opened:
 
 
 def _from_exported(path: Path, _: nn.Module | None) -> Opened:
-    import torch
+    from tersor.sources.exported import from_exported
 
-    try:
-        program = torch.export.load(path)
-        model = torch.export.unflatten(program)
-    except Exception as fault:
-        raise ModelError(
-            f"{path} cannot be opened as an exported program: {said(fault)}; write it again with "
-            "torch.export.save"
-        ) from fault
-    args, kwargs = program.example_inputs or ((), {})
-    # Only one of the two ways to call a model is kept with it.
-    example = (kwargs or None) if not args else args[0] if len(args) == 1 and not kwargs else args
-    return Opened(model, path.stem, example=example if not (args and kwargs) else None)
+    model, example = from_exported(path)
+    return Opened(model, path.stem, example=example)
 
 
 def _from_hub(spec: str) -> Opened:

@@ -24,6 +24,7 @@ class Task:
 
     metrics: by name; the first is the headline, the one that a drop is measured in
     notes: sentences that a report must show, such as which split stands in for another
+    tokenizer: what texts were encoded with, so that a report can show them again; None without
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Task:
         self.metrics = dict(metrics)
         self.classes = classes
         self.notes = list(notes or [])
+        self.tokenizer: Any = None
         self._splits = completed(dict(splits), self.notes)
         self._pooling = pooling
         self._score_range = score_range

@@ -58,7 +58,9 @@ def text_classification(
             labels = label_numbers(table.column(label), classes, table.where)
         encoded = _encoded(table.column(text), name, reader, max_length)
         splits[name] = _rows(encoded, labels, padding_of(reader), batch_size)
-    return classification_of(splits, classes or None)
+    task = classification_of(splits, classes or None)
+    task.tokenizer = reader
+    return task
 
 
 def read_pairs(
