@@ -1,8 +1,8 @@
 """Round to nearest: each weight goes to the closest level of its group. No data needed.
 
 The baseline that every other quantizer must beat. Free at 8 bits and nearly free at 5-6 on most
-networks; at 3 bits and below `share.kmeans`, whose levels follow the weights, loses less. A pruned
-layer keeps its zeros: its codes are stored as a bitmask.
+networks; at 4 bits and below smaller groups, or `recover.batchnorm` after it, win much back. A
+pruned layer keeps its zeros: its codes are stored as a bitmask.
 
 Source: Jacob et al. 2018, arXiv:1712.05877, eq. 1.
 Differs from the paper: the range belongs to an output channel or a group of its inputs, and is
