@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import stat
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +23,7 @@ import zstandard
 
 from tersor.codec.pack import Unreadable, expand
 from tersor.errors import FileError, OutputError
+from tersor.files import whole
 
 MAGIC = b"\x89TERSOR\n"
 FILE_VERSION = 0
@@ -150,7 +150,7 @@ def read_chunks(
     Only when the iterator is exhausted has the whole file been found intact.
     """
     file.seek(0)
-    whole = hashlib.sha256(file.read(text.chunks_at))
+    digest = hashlib.sha256(file.read(text.chunks_at))
     position = text.chunks_at
     last = text.file_bytes - _TRAILER
     for number, chunk in enumerate(chunks):
@@ -160,15 +160,15 @@ def read_chunks(
         content = file.read(chunk.size)
         if any(padding) or len(content) != chunk.size:
             raise Unreadable(f"the padding before chunk {number} is not zero")
-        whole.update(padding)
-        whole.update(content)
+        digest.update(padding)
+        digest.update(content)
         if _digest(content).hex() != chunk.digest:
             raise Unreadable(f"the checksum of chunk {number} is wrong")
         yield _split(content, chunk.streams)
         position = begins + chunk.size
     if position != last:
         raise Unreadable(f"{last - position} bytes after its last chunk belong to nothing")
-    if file.read(_TRAILER) != whole.digest():
+    if file.read(_TRAILER) != digest.digest():
         raise Unreadable("its checksum is wrong")
 
 
@@ -201,21 +201,14 @@ def write(
     chunks: (what the table says first about a chunk, its streams), made one at a time
     check: is given the finished draft, and raises where it must not take the place of `path`
     """
-    try:
-        with tempfile.SpooledTemporaryFile(_SPOOL, dir=str(path.parent)) as body:
-            table = [_append(body, about_it, streams) for about_it, streams in chunks]
-            text = canonical(header | {"chunks": table})
-            length = body.tell()
-            body.seek(0)
-            with _replacing(path, check) as file:
-                _write_all(file, text, program, body, length)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}; what was there before "
-            "is untouched. Choose a folder that exists, is writable and has room"
-        ) from error
+    with whole(path) as draft, tempfile.SpooledTemporaryFile(_SPOOL, dir=str(path.parent)) as body:
+        table = [_append(body, about_it, streams) for about_it, streams in chunks]
+        text = canonical(header | {"chunks": table})
+        length = body.tell()
+        body.seek(0)
+        with draft.open("wb") as file:
+            _write_all(file, text, program, body, length)
+        check(draft)
 
 
 def _append(body: IO[bytes], about_it: Any, streams: list[bytes]) -> list[Any]:
@@ -248,38 +241,13 @@ def _write_all(
         len(header),
         len(program),
     )
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     padding = bytes(chunks_at - _START - len(section))
     pieces = (start, _digest(start + section), section, padding)
     for piece in (*pieces, *iter(lambda: body.read(_BLOCK), b"")):
         file.write(piece)
-        whole.update(piece)
-    file.write(whole.digest())
-
-
-@contextmanager
-def _replacing(path: Path, check: Callable[[Path], None]) -> Iterator[IO[bytes]]:
-    """A new file beside `path` that takes its place only when complete and on the disk."""
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; give the path of a file in it")
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(draft, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        check(draft)
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
-    with suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        digest.update(piece)
+    file.write(digest.digest())
 
 
 def _aligned(position: int) -> int:

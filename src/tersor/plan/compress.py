@@ -13,7 +13,7 @@ from torch import nn
 from tersor.errors import BudgetError, TaskError
 from tersor.measure import quality
 from tersor.plan.budget import Budget
-from tersor.plan.folder import RunFolder, open_folder, write_text
+from tersor.plan.folder import RunFolder, open_folder
 from tersor.plan.journal import model_hash
 from tersor.plan.progress import Bar
 from tersor.plan.search import search, shortfalls
@@ -22,7 +22,7 @@ from tersor.plan.summary import overruns, summary
 from tersor.plan.target import check_target
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import Recipe
-from tersor.report import html
+from tersor.report import finish
 from tersor.task import Task
 from tersor.version import VERSION
 
@@ -73,20 +73,22 @@ def compress(
     """
     limits = Budget.of(budget if not isinstance(budget, Mapping) else dict(budget))
     _check_task(limits, task)
+    steps = recipe.as_json() if isinstance(recipe, Recipe) else recipe
     model = model.eval()
     job = {
         "tersor": VERSION,
         "model": model_hash(model),
         "task": task.fingerprint() if task else None,
         "budget": limits.as_json(),
-        "recipe": recipe.as_json() if isinstance(recipe, Recipe) else recipe,
+        "recipe": steps,
         "seed": seed,
     }
     folder, journal = open_folder(run or _default_folder(model, job), job)
     try:
         with Bar(enabled=progress) as bar:
             return _finish(
-                _bench(model, task, example, limits, folder, journal, seed, bar), job["recipe"]
+                _bench(model, task, example, limits, folder, journal, seed, bar),
+                steps,
             )
     finally:
         journal.close()
@@ -130,10 +132,8 @@ def _finish(bench: Bench, recipe: list[dict[str, Any]] | None) -> Result:
         report["exports"] = {bench.budget.target: check_target(bench, compressed)}
     over = overruns(bench.budget, report)
     report["met"] = not over
-    for trial in bench.folder.path.glob("trial-*.tersor"):
-        trial.unlink()
-    write_text(bench.folder.report, json.dumps(report, indent=1))
-    html(report, bench.folder.page)
+    bench.folder.tidy()
+    finish(report, bench.folder.path, bench.study.task)
     if over:
         raise BudgetError(
             f"{over}. The methods here change how weights are stored, which steers size and "

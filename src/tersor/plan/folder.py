@@ -6,9 +6,6 @@ running the same job in it again resumes, another job is refused.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import yaml
 
 from tersor.errors import OptionError, OutputError
+from tersor.files import write_text
 from tersor.plan.journal import Journal
 
 
@@ -35,19 +33,14 @@ class RunFolder:
         """What was asked."""
         return self.path / "job.yaml"
 
-    @property
-    def report(self) -> Path:
-        """The report as data."""
-        return self.path / "report.json"
-
-    @property
-    def page(self) -> Path:
-        """The report as one static page."""
-        return self.path / "report.html"
-
     def trial(self, name: str) -> Path:
         """A file that was tried; removed when the run is finished."""
         return self.path / f"trial-{name}.tersor"
+
+    def tidy(self) -> None:
+        """Removes trials, and what a killed run may have left half-written."""
+        for leftover in (*self.path.glob("trial-*.tersor"), *self.path.glob(".*")):
+            leftover.unlink(missing_ok=True)
 
 
 def open_folder(path: str | Path, job: dict[str, Any]) -> tuple[RunFolder, Journal]:
@@ -72,29 +65,6 @@ def open_folder(path: str | Path, job: dict[str, Any]) -> tuple[RunFolder, Journ
     else:
         write_text(folder.job, yaml.safe_dump(job, sort_keys=True))
     return folder, Journal(folder.path / "journal.sqlite")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing. Raises OutputError."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} could not be written: {error.strerror}; free space or choose another folder, "
-            "then run again: finished measurements are kept"
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
 
 
 def _check_same(folder: RunFolder, job: dict[str, Any]) -> None:

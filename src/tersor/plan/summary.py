@@ -19,8 +19,6 @@ from tersor.plan.search import front
 from tersor.plan.study import Study, batch_size
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import recipe_of
-from tersor.report.image import address, picture, png
-from tersor.task import Task
 from tersor.version import VERSION
 
 
@@ -61,9 +59,8 @@ def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> di
         "environment": environment(),
     }
     if found.task is not None:
-        comparison = compare(found.model, compressed, found.task, seed=bench.seed).as_json()
-        _show_flips(found.task, comparison)
-        report["comparison"] = comparison
+        compared = compare(found.model, compressed, found.task, seed=bench.seed)
+        report["comparison"] = compared.as_json()
     report["costs"] = _costs(found, compressed)
     return report
 
@@ -171,21 +168,6 @@ def _points(bench: Bench, chosen: Point) -> list[dict[str, Any]]:
             for nbytes, loss in front(bench, chosen)
         ]
     return rows
-
-
-def _show_flips(task: Task, comparison: dict[str, Any]) -> None:
-    """Puts the picture of each example sample beside it, where samples look like pictures."""
-    examples = {e["index"]: e for e in ((comparison.get("flips") or {}).get("examples") or [])}
-    first = 0
-    for inputs, _ in task.test() if examples and task.has_test else ():
-        if not isinstance(inputs, torch.Tensor):
-            return
-        for index in range(first, first + len(inputs)):
-            if index in examples:
-                pixels = picture(inputs[index - first].cpu().numpy())
-                if pixels is not None:
-                    examples[index]["input"] = {"image": address(png(pixels))}
-        first += len(inputs)
 
 
 def _command() -> str | None:
