@@ -18,7 +18,7 @@ DATA = "npz:data.npz"
     ("model", "said"),
     [
         ("missing.py:net", "missing.py does not exist"),
-        ("missing", "missing does not import: ModuleNotFoundError"),
+        ("missing", "missing does not exist; a model is file.py:factory"),
         ("no.such.package:net", "no.such.package does not import: ModuleNotFoundError"),
         ("./missing", "./missing does not exist; a model is file.py:factory"),
         ("net.py", "net.py is a whole module; it has broken, empty, net"),

@@ -8,6 +8,7 @@ import typer
 Model = Annotated[
     str,
     typer.Argument(
+        metavar="MODEL",
         help="file.py:factory, package.module:factory, a Hugging Face folder, hub:org/name, "
         "a .pt2 or a .tersor file.",
         show_default=False,
@@ -29,5 +30,5 @@ Like = Annotated[
         help="The network that a .tersor file without a stored graph belongs to.",
     ),
 ]
-File = Annotated[Path, typer.Argument(help="A .tersor file.", show_default=False)]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A .tersor file.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", help="Of the bootstrap intervals.")]

@@ -9,8 +9,8 @@ from tersor.cli.running import Answer
 
 
 def compare(
-    before: Annotated[str, typer.Argument(help="The original model.")],
-    after: Annotated[str, typer.Argument(help="The model to compare with it.")],
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="The original model.")],
+    after: Annotated[str, typer.Argument(metavar="AFTER", help="The model to compare with it.")],
     data: Data = None,
     like: Like = None,
     seed: Seed = 0,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def compress(
     model: Annotated[
         str,
-        typer.Argument(help="A model as for profile, or a job file (.yaml)."),
+        typer.Argument(metavar="MODEL", help="A model as for profile, or a job file (.yaml)."),
     ],
     data: Data = None,
     budget: Annotated[

@@ -8,7 +8,9 @@ from tersor.cli.running import Answer
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show this one in full.")
+    ] = None,
 ) -> Answer:
     """Lists every technique, or shows one: what it does, when to use it, its options."""
     from tersor.methods import TABLE

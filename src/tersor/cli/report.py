@@ -9,7 +9,7 @@ from tersor.cli.running import Answer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or report.json.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or report.json.")],
     html: Annotated[
         Path | None, typer.Option(help="Write the page here instead of into the folder.")
     ] = None,

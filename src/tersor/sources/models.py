@@ -55,7 +55,7 @@ def open_model(spec: str, *, like: nn.Module | None = None) -> Opened:
         opened = from_folder(path)
     elif path.is_file() and path.suffix != ".py":
         raise ModelError(_not_a_network(path))
-    elif ":" in spec or path.suffix == ".py" or spec.replace(".", "").isidentifier():
+    elif ":" in spec or path.suffix == ".py":
         opened = _from_code(spec)
     else:
         raise ModelError(
