@@ -4,7 +4,7 @@ import torch
 
 from tersor.report.examples import illustrate
 from tersor.report.image import address, picture, png
-from tersor.task import classification
+from tersor.task import classification, text_classification
 
 
 def flipped(*indices):
@@ -29,6 +29,28 @@ def test_rows_of_numbers_are_shown_as_numbers():
     rows = torch.arange(40.0).reshape(4, 10)
     task = classification(test=(rows, torch.zeros(4, dtype=torch.long)))
     assert shown(illustrate(flipped(1), task)) == [{"text": "10, 11, 12, 13, 14, 15, 16, 17"}]
+
+
+class Words:
+    """A tokenizer of five words."""
+
+    words = ("<pad>", "good", "bad", "film", "very")
+
+    def __call__(self, text):
+        return [self.words.index(word) for word in text.split()]
+
+    def decode(self, ids, *, skip_special_tokens):
+        assert skip_special_tokens
+        return " ".join(self.words[i] for i in ids if i)
+
+
+def test_texts_are_shown_as_texts_again():
+    texts = ["good film", "very bad film", "film"]
+    task = text_classification(test=(texts, [1, 0, 1]), tokenizer=Words())
+    assert shown(illustrate(flipped(0, 1), task)) == [
+        {"text": "good film"},
+        {"text": "very bad film"},
+    ]
 
 
 def test_a_report_without_flips_stays_as_it_is():

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tersor.files import write_text
 from tersor.report.page import html
-from tersor.report.store import as_json, read, write_text
+from tersor.report.store import as_json, read
 from tersor.report.terminal import terminal
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ def illustrate(report: Data, task: Task) -> Data:
 
 def _seen(inputs: Inputs, row: int, task: Task) -> Data:
     if isinstance(inputs, dict) and "input_ids" in inputs:
-        return _text(inputs["input_ids"][row], getattr(task, "tokenizer", None))
+        return _text(inputs["input_ids"][row], task.tokenizer)
     first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
     first = first[0] if isinstance(first, tuple) else first
     pixels = picture(first[row].detach().cpu().numpy()) if first.dim() in (3, 4) else None

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from tersor.errors import FileError
+from tersor.files import write_text
 from tersor.report import facts
 from tersor.report.markup import Markup, tag
 from tersor.report.sections import sections
-from tersor.report.store import write_text
 
 Data = dict[str, Any]
 

@@ -2,11 +2,10 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from tersor.errors import FileError, OutputError
+from tersor.errors import FileError
 
 Data = dict[str, Any]
 
@@ -36,28 +35,6 @@ def read(path: str | os.PathLike[str]) -> Data:
     if not isinstance(report, dict) or not {"model", "before", "after"} <= report.keys():
         raise FileError(f"{path} is not a report of tersor; {way_out}")
     return report
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes a whole file or nothing. Raises OutputError."""
-    beside = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
-        ) as file:
-            beside = Path(file.name)
-            file.write(text)
-        # A temporary file is private; a report is read by whoever may read its folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)
-        return beside.replace(path)
-    except OSError as error:
-        if beside is not None:
-            beside.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}; free space, or name another folder"
-        ) from error
 
 
 def _finite(value: Any) -> Any:
