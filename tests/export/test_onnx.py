@@ -226,12 +226,37 @@ def test_the_result_is_plain_json(tmp_path):
     told = json.loads(json.dumps(done.as_json()))
     assert told["layers"][0]["bytes"] == 40
     assert told["difference"] is None
+    assert told["notes"] == []
     assert told["inputs"] == {"input": ["batch", 8]}
 
 
 def test_one_row_as_the_example_leaves_the_batch_free(tmp_path):
     done = to_onnx(rtn(nn.Linear(8, 4)), tmp_path / "net.onnx", example=torch.randn(1, 8))
     assert OnnxModel(done.path)(torch.randn(7, 8)).shape == (7, 4)
+
+
+def test_what_a_default_session_rounds_is_said_and_can_be_left_out(tmp_path):
+    net, x = rtn(nn.Linear(64, 32), bits=8), torch.randn(4, 64)
+    rounded = to_onnx(net, tmp_path / "rounded.onnx", example=x)
+    assert rounded.difference.relative < 1e-6 < 1e-4 < rounded.default_difference.relative < 0.05
+    assert ["activations to 8 bits" in note for note in rounded.notes] == [True]
+    exact = to_onnx(net, tmp_path / "exact.onnx", example=x, integer_products=False)
+    assert exact.default_difference.relative < 1e-6
+    assert exact.notes == ()
+    assert [layer.bytes for layer in exact.layers] == [layer.bytes for layer in rounded.layers]
+    found = OnnxModel(tmp_path / "rounded.onnx", decode=False)(x)
+    assert torch.allclose(found, net(x), atol=0.05 * net(x).abs().max().item())
+
+
+def test_a_size_that_the_model_fixes_is_said(tmp_path):
+    class Fixed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.ones(2, 4)
+
+    done = to_onnx(rtn(Fixed(8, 4)), tmp_path / "net.onnx", example=torch.randn(2, 8))
+    assert done.inputs == {"x": (2, 8)}
+    assert done.notes[0] == 'the number of rows of input "x" is fixed at 2'
+    assert "compared on the example alone" in done.notes[-1]
 
 
 def test_two_bit_integers_from_opset_25_on(tmp_path):
@@ -260,7 +285,7 @@ def test_weights_that_grew_are_refused(tmp_path, monkeypatch):
 
     def forgetful(form, writer):
         writer.store("codes", form.codes)
-        return leaky(form, Writer("other", 21, [], writer.nodes, writer.initializers))
+        return leaky(form, Writer("other", 21, {}, [], writer.nodes, writer.initializers))
 
     net, example = rtn(nn.Conv2d(3, 4, 3), bits=8), torch.randn(2, 3, 8, 8)
     monkeypatch.setattr(onnx_graph, "lower", leaky)

@@ -25,7 +25,7 @@ def weight_of(shape):
 
 def run(value, writer, decode=True, opset=21):
     value.dtype = value.dtype or ir.DataType.FLOAT
-    initializers = list(writer.initializers.values())
+    initializers = [*writer.initializers.values(), *writer.shared.values()]
     graph = ir.Graph(
         [],
         [value],
@@ -111,7 +111,7 @@ def test_products_read_codes_as_inputs_by_outputs(operator, group_size, symmetri
     writer = Writer("w", 21)
     assert multiply_codes(form, weight, writer)
     graph.insert_before(graph[0], writer.nodes)
-    graph.initializers.update(writer.initializers)
+    graph.initializers.update(writer.initializers | writer.shared)
     rows = torch.eye(40)
     wanted = form.dense().T if linear else form.dense()
     assert torch.equal(execute(graph, {"x": rows.numpy()}), wanted)
@@ -230,7 +230,7 @@ def test_only_the_rows_asked_for_are_decoded(bits, group_size, symmetric):
     graph = ir.Graph([ids], out.outputs, nodes=[gather, out], opset_imports={"": 21}, name="rows")
     writer = Writer("w", 21)
     gather_rows(form, weight, writer)
-    graph.initializers.update(writer.initializers)
+    graph.initializers.update(writer.initializers | writer.shared)
     wanted = torch.tensor([[0, 29, 3], [7, 7, 1]])
     assert torch.equal(execute(graph, {"ids": wanted.numpy()}), form.dense()[wanted])
     assert not list(weight.uses())

@@ -42,6 +42,7 @@ class Exported:
     difference: from torch where the weights are decoded when the file is loaded
     default_difference: from torch in an ONNX Runtime session with default options, which rounds
         activations to 8 bits in order to multiply by the codes themselves
+    notes: what a user must not overlook, as sentences
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Exported:
     layers: tuple[Layer, ...]
     difference: Difference | None
     default_difference: Difference | None
+    notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
@@ -113,7 +115,28 @@ def to_onnx(
         layers=layers_of(reference, graph.weights),
         difference=found.get("decoded"),
         default_difference=found.get("default"),
+        notes=(*_notes(graph.inputs, found, tolerance), *call.omitted),
     )
+
+
+def _notes(
+    inputs: dict[str, tuple[int | str, ...]], found: dict[Session, Difference], tolerance: float
+) -> list[str]:
+    notes = [
+        f'the number of rows of input "{name}" is fixed at {sizes[0]}'
+        for name, sizes in inputs.items()
+        if sizes and isinstance(sizes[0], int)
+    ]
+    if found and found["default"].relative > tolerance:
+        notes.append(
+            "ONNX Runtime with default options multiplies by the codes of linear layers and rounds "
+            "activations to 8 bits: outputs differ from torch's by "
+            f"{found['default'].relative:.2g} of the largest; session.disable_quant_qdq=1 or "
+            "integer_products=False keeps them exact"
+        )
+    if found and len(found["decoded"].batches) == 1:
+        notes.append("outputs were compared on the example alone: no other size could be tried")
+    return notes
 
 
 def _as_call(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -53,27 +53,25 @@ def _bitmask(form: Bitmask, writer: Writer, role: str, bits: int | None) -> Any:
     """Unpacks the mask bit by bit and scatters the values to where it is set."""
     n = torch.Size(form.shape).numel()
     values = writer.cast(part(form, "values", writer, role, bits), form.dtype)
-    column = writer.reshape(part(form, "mask", writer, role), f"{role}column", (-1, 1))
-    shifts = writer.store(f"{role}shifts", torch.arange(8, dtype=torch.uint8))
-    one = writer.store(f"{role}one", torch.ones((), dtype=torch.uint8))
+    column = writer.reshape(part(form, "mask", writer, role), -1, 1)
+    shifts = writer.constant(torch.arange(8, dtype=torch.uint8))
+    one = writer.constant(torch.ones((), dtype=torch.uint8))
     flags = writer.op("BitwiseAnd", writer.op("BitShift", column, shifts, direction="RIGHT"), one)
-    flat = writer.reshape(flags, f"{role}flat", (-1,))
-    first, last = writer.numbers(f"{role}first", (0,)), writer.numbers(f"{role}last", (n,))
+    flat = writer.reshape(flags, -1)
+    first, last = writer.numbers(0), writer.numbers(n)
     kept = writer.cast(writer.op("Slice", flat, first, last), torch.bool)
-    places = writer.reshape(writer.op("NonZero", kept), f"{role}places", (-1,))
+    places = writer.reshape(writer.op("NonZero", kept), -1)
     zeros = _zeros(writer, last, form.dtype)
-    return writer.reshape(
-        writer.op("ScatterElements", zeros, places, values, axis=0), f"{role}shape", form.shape
-    )
+    return writer.reshape(writer.op("ScatterElements", zeros, places, values, axis=0), *form.shape)
 
 
 def _nofm(form: NofM, writer: Writer, role: str, bits: int | None) -> Any:
     values = writer.cast(part(form, "values", writer, role, bits), form.dtype)
     places = writer.cast(part(form, "places", writer, role), torch.int64)
     outputs, groups = form.places.shape[:2]
-    zeros = _zeros(writer, writer.numbers(f"{role}groups", (outputs, groups, form.m)), form.dtype)
+    zeros = _zeros(writer, writer.numbers(outputs, groups, form.m), form.dtype)
     full = writer.op("ScatterElements", zeros, places, values, axis=2)
-    return _as_weight(full, form, writer, role)
+    return _as_weight(full, form, writer)
 
 
 def _affine(form: Affine, writer: Writer, role: str, bits: int | None) -> Any:
@@ -88,14 +86,14 @@ def _affine(form: Affine, writer: Writer, role: str, bits: int | None) -> Any:
         """A scale or zero point for each group, shaped to go with the codes."""
         if grouped:
             value = writer.store(f"{role}{name}", tensor[..., None], bits)
-            return _spread(writer.cast(value, torch.float32), form, writer, role)
+            return _spread(writer.cast(value, torch.float32), form, writer)
         along = [tensor.numel() if dim == axis else 1 for dim in range(len(form.shape))]
         value = writer.store(f"{role}{name}", tensor.reshape(along), bits)
         return writer.cast(value, torch.float32)
 
     if sparse_codes(form, writer):
         codes = part(form, "codes", writer, role, form.bits)
-        codes = codes if grouped else _as_weight(codes, form, writer, role)
+        codes = codes if grouped else _as_weight(codes, form, writer)
     else:
         levels = level_codes(form)
         flat = levels.reshape(form.shape) if axis is None else unrows(levels, form.shape, axis)
@@ -105,19 +103,18 @@ def _affine(form: Affine, writer: Writer, role: str, bits: int | None) -> Any:
         weight = writer.op("Sub", weight, beside(form.zero, "zero", form.bits))
     weight = writer.op("Mul", weight, beside(form.scale.detach(), "scale"))
     weight = weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
-    return _as_weight(weight, form, writer, role) if grouped else weight
+    return _as_weight(weight, form, writer) if grouped else weight
 
 
-def _spread(per_group: Any, form: Affine, writer: Writer, role: str) -> Any:
+def _spread(per_group: Any, form: Affine, writer: Writer) -> Any:
     """Repeats (outputs, groups, 1) to (outputs, inputs); the last group may be cut short."""
     outputs, inputs = form.codes.shape
     size = form.group_size or 1
-    wide = writer.op("Expand", per_group, writer.numbers(f"{role}group", (1, 1, size)))
-    flat = writer.reshape(wide, f"{role}rows", (outputs, -1))
+    wide = writer.op("Expand", per_group, writer.numbers(1, 1, size))
+    flat = writer.reshape(wide, outputs, -1)
     if inputs % size == 0:
         return flat
-    ends = [writer.numbers(f"{role}{name}", (n,)) for name, n in (("from", 0), ("to", inputs))]
-    return writer.op("Slice", flat, *ends, writer.numbers(f"{role}dim", (1,)))
+    return writer.op("Slice", flat, writer.numbers(0), writer.numbers(inputs), writer.numbers(1))
 
 
 def sparse_codes(form: Affine, writer: Writer) -> bool:
@@ -133,13 +130,13 @@ def sparse_codes(form: Affine, writer: Writer) -> bool:
     return smaller
 
 
-def _as_weight(matrix: Any, form: Affine | NofM, writer: Writer, role: str) -> Any:
+def _as_weight(matrix: Any, form: Affine | NofM, writer: Writer) -> Any:
     """(outputs, inputs) in the weight's shape, as `unrows` does."""
     if form.axis is None:
-        return writer.reshape(matrix, f"{role}shape", form.shape)
+        return writer.reshape(matrix, *form.shape)
     axis, rank = form.axis, len(form.shape)
     moved = (form.shape[axis], *form.shape[:axis], *form.shape[axis + 1 :])
-    value = writer.reshape(matrix, f"{role}shape", moved)
+    value = writer.reshape(matrix, *moved)
     rest = list(range(1, rank))
     return writer.op("Transpose", value, perm=[*rest[:axis], 0, *rest[axis:]]) if axis else value
 

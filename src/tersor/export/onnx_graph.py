@@ -106,6 +106,7 @@ def _swap_parts(form: Form, name: str, weights: list[Weight]) -> None:
 def fill(graph: Any, weights: list[Weight], opset: int, *, integer_products: bool) -> None:
     """Replaces every placeholder of an onnx_ir graph by the lowered weight, in place."""
     nodes: dict[int, list[Any]] = {}
+    shared: dict[str, Any] = {}
     for node in list(graph):
         if node.domain == DOMAIN:
             nodes.setdefault(node.attributes["index"].as_int(), []).append(node)
@@ -113,7 +114,7 @@ def fill(graph: Any, weights: list[Weight], opset: int, *, integer_products: boo
         if index not in nodes:
             weight.notes.append("unused: the forward pass never reads it")
             continue
-        writer = Writer(weight.name, opset, weight.notes)
+        writer = Writer(weight.name, opset, shared, weight.notes)
         keep, *copies = nodes[index]
         for copy in copies:
             _replace(copy.outputs[0], keep.outputs[0])
@@ -122,6 +123,7 @@ def fill(graph: Any, weights: list[Weight], opset: int, *, integer_products: boo
         graph.initializers.update(writer.initializers)
         weight.stored = writer.stored
         graph.remove([keep, *copies])
+    graph.initializers.update(shared)
 
 
 def _write(weight: Weight, old: Any, writer: Writer, integer_products: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +27,7 @@ def gather_rows(form: Affine, old: Any, writer: Writer) -> None:
         writer.notes.append("the whole table is decoded when the model is loaded")
         return
     for node in uses:
-        inner = Writer(
-            writer.name, writer.opset, writer.notes, [], writer.initializers, writer.stored
-        )
+        inner = replace(writer, nodes=[])
         rows = _rows(form, node.inputs[1], inner, narrow)
         rows.type, rows.shape = node.outputs[0].type, node.outputs[0].shape
         node.outputs[0].replace_all_uses_with(rows, replace_graph_outputs=True)
@@ -56,7 +55,7 @@ def _rows(form: Affine, ids: Any, writer: Writer, narrow: bool) -> Any:
             writer.op("Gather", writer.store("codes", pack(codes)), ids), writer, rank
         )
         levels = writer.op(
-            "Sub", writer.cast(levels, torch.float32), _number(writer, "middle", 8.0)
+            "Sub", writer.cast(levels, torch.float32), writer.constant(torch.tensor(8.0))
         )
     else:
         table = writer.store("codes", codes, form.bits)
@@ -64,12 +63,12 @@ def _rows(form: Affine, ids: Any, writer: Writer, narrow: bool) -> Any:
     # A 0 in a Reshape copies the dimension that is there, so any batch and length fits.
     same = (0,) * rank
     if groups > 1:
-        levels = writer.reshape(levels, "by_group", (*same, groups, width // groups))
+        levels = writer.reshape(levels, *same, groups, width // groups)
     if form.zero is not None:
         levels = writer.op("Sub", levels, _per_row(form.zero, "zero", ids, writer))
     found = writer.op("Mul", levels, _per_row(form.scale.detach(), "scale", ids, writer))
     if groups > 1:
-        found = writer.reshape(found, "joined", (*same, width))
+        found = writer.reshape(found, *same, width)
     return found if form.dtype == torch.float32 else writer.cast(found, form.dtype)
 
 
@@ -81,19 +80,15 @@ def _per_row(tensor: Tensor, role: str, ids: Any, writer: Writer) -> Any:
 
 def _unpacked(packed: Any, writer: Writer, rank: int) -> Any:
     """(..., n) bytes to (..., 2 n) numbers below 16, the low half of each byte first."""
-    mask = writer.store("mask", torch.tensor(15, dtype=torch.uint8))
-    four = writer.store("four", torch.tensor(4, dtype=torch.uint8))
+    mask = writer.constant(torch.tensor(15, dtype=torch.uint8))
+    four = writer.constant(torch.tensor(4, dtype=torch.uint8))
     low = writer.op("BitwiseAnd", packed, mask)
     high = writer.op("BitShift", packed, four, direction="RIGHT")
-    last = writer.numbers("last", (-1,))
+    last = writer.numbers(-1)
     pair = writer.op(
         "Concat", *(writer.op("Unsqueeze", half, last) for half in (low, high)), axis=-1
     )
-    return writer.reshape(pair, "unpacked", (*(0,) * rank, -1))
-
-
-def _number(writer: Writer, role: str, value: float) -> Any:
-    return writer.store(role, torch.tensor(value))
+    return writer.reshape(pair, *(0,) * rank, -1)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +18,13 @@ class Writer:
     """Collects what one weight becomes: its operators, its initializers and what to say about it.
 
     name: the weight's name, the stem of all names
+    shared: constants that all weights of a graph have in common
     stored: initializer name -> (ONNX type, bytes), the promise that the written file must keep
     """
 
     name: str
     opset: int
+    shared: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     nodes: list[Any] = field(default_factory=list)
     initializers: dict[str, Any] = field(default_factory=dict)
@@ -36,24 +37,26 @@ class Writer:
         self.nodes.append(onnx_ir.node(kind, list(inputs), attributes))
         return self.nodes[-1].outputs[0]
 
-    def numbers(self, role: str, values: Sequence[int]) -> Any:
+    def numbers(self, *values: int) -> Any:
         """A small int64 vector: a shape, axes, positions."""
-        return self._initializer(role, np.array(values, np.int64))
+        return self.constant(torch.tensor(values))
+
+    def constant(self, tensor: Tensor) -> Any:
+        """A few numbers, stored once for all weights."""
+        text = "_".join(str(value) for value in tensor.flatten().tolist())
+        name = f"{str(tensor.dtype).removeprefix('torch.')}_{tensor.dim()}d_{text}"
+        if name not in self.shared:
+            self.shared[name] = _initializer(name, to_array(tensor, None, self.opset))
+        return self.shared[name]
 
     def store(self, role: str, tensor: Tensor, bits: int | None = None) -> Any:
         """An initializer of exactly `tensor`, its integers packed to `bits` where ONNX can."""
-        value = self._initializer(role, to_array(tensor, bits, self.opset))
-        self.stored[value.name] = (value.dtype.name, value.const_value.nbytes)
-        return value
-
-    def _initializer(self, role: str, array: np.ndarray[Any, Any]) -> Any:
-        import onnx_ir
-
         name = f"{self.name}.{role}"
         if name not in self.initializers:
-            data = onnx_ir.tensor(array, name=name)
-            self.initializers[name] = onnx_ir.val(name, const_value=data)
-        return self.initializers[name]
+            self.initializers[name] = _initializer(name, to_array(tensor, bits, self.opset))
+        value = self.initializers[name]
+        self.stored[name] = (value.dtype.name, value.const_value.nbytes)
+        return value
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         """`value` as `dtype`."""
@@ -62,9 +65,9 @@ class Writer:
             return value
         return self.op("Cast", value, to=to)
 
-    def reshape(self, value: Any, role: str, shape: Sequence[int]) -> Any:
+    def reshape(self, value: Any, *shape: int) -> Any:
         """`value` in another shape."""
-        return self.op("Reshape", value, self.numbers(role, shape))
+        return self.op("Reshape", value, self.numbers(*shape))
 
 
 def to_array(tensor: Tensor, bits: int | None, opset: int) -> np.ndarray[Any, Any]:
@@ -96,3 +99,9 @@ def onnx_type(dtype: torch.dtype) -> int:
 def stored_bits(bits: int, opset: int) -> int:
     """Bits of the smallest ONNX integer that holds `bits`."""
     return 2 if bits <= 2 and opset >= INT2_OPSET else 4 if bits <= 4 else 8
+
+
+def _initializer(name: str, array: np.ndarray[Any, Any]) -> Any:
+    import onnx_ir
+
+    return onnx_ir.val(name, const_value=onnx_ir.tensor(array, name=name))
