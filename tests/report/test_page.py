@@ -217,7 +217,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(report, tmp_path):
     with pytest.raises(OutputError, match="cannot be written"):
         html(report, tmp_path / "missing" / "report.html")
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="is a folder"):
         html(report, tmp_path / "report.html")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
