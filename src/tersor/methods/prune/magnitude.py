@@ -1,6 +1,6 @@
 """Magnitude pruning: the smallest weights become zero, only the others are stored. No data needed.
 
-The baseline of pruning. Without retraining it costs little up to about 30-50 %; the mask takes a
+The baseline of pruning. Without retraining it costs little up to about 20-30 %; the mask takes a
 bit per weight back, so that `quantize.rtn` alone usually buys more for the same loss. Zeros in any
 place make no network faster by themselves.
 

@@ -1,7 +1,8 @@
 """Batch-norm correction: running statistics follow the activations that compression has shifted.
 
 For networks with batch norm, after any compressing step; needs a few hundred unlabelled inputs and
-no training. Takes back half and more of the divergence that 3-4 bit weights cause, at no byte more.
+no training. Often takes back half and more of the divergence that 3-4 bit weights cause, at no
+byte more.
 It cannot help where batch norms were folded into the layers before them.
 
 Source: Sun, Cao, Yang, Keutzer 2019, arXiv:1909.01532, section 3.3 (re-estimating the statistics).
