@@ -15,13 +15,13 @@ from tersor.task import classification
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def task() -> tersor.Task:
+def task(calibration: int = 512) -> tersor.Task:
     """Judged on the 1,017 test images; training images, unlabelled, guide the choice of forms."""
     images, _ = zoo.cifar10("train")
     return classification(
         test=zoo.cifar10("test"),
-        calibration=images[:512],
-        holdout=images[512:768],
+        calibration=images[:calibration],
+        holdout=images[calibration : calibration + 256],
         classes=CLASSES,
     )
 

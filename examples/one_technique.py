@@ -4,6 +4,7 @@ python examples/one_technique.py
 """
 
 import copy
+from pathlib import Path
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from tersor.forms import Affine
 from tersor.measure import quality, size
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.rtn import rtn
+from tersor.methods.recover.batchnorm import batchnorm
 from tersor.recipe import recipe_of
 from tersor.surgery import hold, walk
 
@@ -34,9 +36,11 @@ def main() -> None:
 
     # A technique is a function that changes the model it is given; it notes itself on the model.
     pruned = magnitude(copy.deepcopy(model), sparsity=0.5, exclude="Linear")
-    coded = rtn(pruned, bits=4)
-    show("half pruned, then 4 bits", coded, task)
-    for step in recipe_of(coded).steps:
+    small = rtn(pruned, bits=4)
+    show("half pruned, then 4 bits", small, task)
+    small = batchnorm(small, task, original=model)
+    show("and its batch norms corrected", small, task)
+    for step in recipe_of(small).steps:
         print(f"    {step.method} {step.options}")
 
     # A recipe is a list; `run` checks all of it first and works on a copy of the model.
@@ -49,7 +53,9 @@ def main() -> None:
     show("3 bits, batch norms corrected", recovered, task)
 
     # The file remembers its recipe, so the next training run can be treated alike.
-    path = tersor.save(recovered, "runs/digits-3-bits.tersor", example=task.example())
+    folder = Path("runs")
+    folder.mkdir(exist_ok=True)
+    path = tersor.save(recovered, folder / "digits-3-bits.tersor", example=task.example())
     again = tersor.replay(digits.model(epochs=15), path, task)
     show("the same, trained longer", again, task)
 
