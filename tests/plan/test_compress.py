@@ -77,6 +77,16 @@ def test_the_given_model_is_left_as_it_was(trained, task, tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in trained.state_dict().items())
 
 
+def test_modes_are_given_back(trained, task, tmp_path):
+    trained.conv1.train()
+    try:
+        compress(trained, task, "size=0.6x", run=tmp_path / "run")
+        assert trained.conv1.training
+        assert not trained.training
+    finally:
+        trained.eval()
+
+
 def test_with_a_drop_alone_a_looser_one_gives_a_smaller_file(trained, task, tmp_path):
     tight = compress(trained, task, "drop=0.4", run=tmp_path / "tight")
     loose = compress(trained, task, "drop=20", run=tmp_path / "loose")
@@ -138,7 +148,7 @@ def test_a_folder_with_other_files_is_refused(trained, task, tmp_path):
 def test_a_size_out_of_reach_says_what_is_reachable(trained, task, tmp_path):
     with pytest.raises(BudgetError, match=r"the smallest file.*the size limit binds"):
         compress(trained, task, "size=500", run=tmp_path / "run")
-    assert not (tmp_path / "run" / "model.tersor").exists()
+    assert not list((tmp_path / "run").glob("*.tersor"))
 
 
 def test_size_and_quality_together_out_of_reach_say_which_binds(trained, tmp_path):
@@ -202,6 +212,7 @@ def test_weights_that_are_not_numbers_are_refused(task, tmp_path):
 def test_a_model_without_weights_is_refused(task, tmp_path):
     with pytest.raises(ModelError, match="nothing to compress"):
         compress(nn.Sequential(nn.ReLU()), None, "size=0.6x", run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_refused(trained, task, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tersor.errors import BudgetError, TaskError
+from tersor.errors import BudgetError, CompressError, TaskError
 from tersor.measure import quality
 from tersor.plan.budget import Budget
 from tersor.plan.folder import RunFolder, open_folder
@@ -23,6 +23,7 @@ from tersor.plan.target import check_target
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import Recipe
 from tersor.report import finish
+from tersor.surgery.walk import check_finite, walk
 from tersor.task import Task
 from tersor.version import VERSION
 
@@ -74,7 +75,9 @@ def compress(
     limits = Budget.of(budget if not isinstance(budget, Mapping) else dict(budget))
     _check_task(limits, task)
     steps = recipe.as_json() if isinstance(recipe, Recipe) else recipe
-    model = model.eval()
+    # Before the folder is made: a model that cannot be used leaves nothing behind.
+    check_finite(model)
+    walk(model)
     job = {
         "tersor": VERSION,
         "model": model_hash(model),
@@ -84,14 +87,18 @@ def compress(
         "seed": seed,
     }
     folder, journal = open_folder(run or _default_folder(model, job), job)
+    modes = {module: module.training for module in model.modules()}
     try:
         with Bar(enabled=progress) as bar:
-            return _finish(
-                _bench(model, task, example, limits, folder, journal, seed, bar),
-                steps,
-            )
+            bench = _bench(model.eval(), task, example, limits, folder, journal, seed, bar)
+            return _finish(bench, steps)
+    except CompressError:
+        folder.tidy()
+        raise
     finally:
         journal.close()
+        for module, training in modes.items():
+            module.training = training
 
 
 def _bench(

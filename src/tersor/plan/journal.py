@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,9 @@ class Journal:
 
 def model_hash(model: nn.Module) -> str:
     """SHA-256 over the model's structure and every tensor in it."""
-    digest = hashlib.sha256(repr(model).encode())
+    # A function's address in a repr would make every process see another model.
+    structure = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
+    digest = hashlib.sha256(structure.encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -23,7 +23,7 @@ from tersor.measure import macs, probing, safetensors_bytes
 from tersor.plan.choices import Choice, choices_for, form_for
 from tersor.plan.journal import Journal, model_hash
 from tersor.plan.progress import Bar
-from tersor.surgery.walk import Site, check_finite, walk
+from tersor.surgery.walk import Site, walk
 from tersor.task import Task
 
 Loss = Callable[[Site, Form], float]
@@ -74,7 +74,6 @@ class Study:
 
 def study(model: nn.Module, task: Task | None, example: Any, journal: Journal) -> Study:
     """Looks at the model, measuring no choice yet. Raises ModelError for an unusable one."""
-    check_finite(model)
     sites = walk(model)
     found = Study(
         model,
