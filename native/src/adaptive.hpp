@@ -1,0 +1,84 @@
+// Adaptive probabilities of a bit, and the logistic function in integers.
+#pragma once
+
+#include <array>
+
+#include "common.hpp"
+
+namespace tersor {
+
+constexpr int kLimit = 254;  // counts stop here
+constexpr uint32_t kLeast = 32, kMost = (1u << 15) - kLeast;
+
+// Steps towards what was seen, of 65536: 1/2, 1/3, 1/4, ... down to 2^-least.
+inline const std::array<int32_t, kLimit + 1>& rates(int least) {
+  static const auto make = [](int shift) {
+    std::array<int32_t, kLimit + 1> table{};
+    for (int n = 0; n <= kLimit; ++n) {
+      int step = 65536 / (n + 2);
+      table[n] = step > (65536 >> shift) ? step : 65536 >> shift;
+    }
+    return table;
+  };
+  static const std::array<int32_t, kLimit + 1> tables[] = {make(4), make(5), make(7), make(8)};
+  return tables[least == 4 ? 0 : least == 5 ? 1 : least == 7 ? 2 : 3];
+}
+
+// Two estimates of the probability of a one, of 65536: one forgets fast, one slowly.
+struct Probability {
+  uint16_t fast = 32768;
+  uint16_t slow = 32768;
+  uint16_t count = 0;
+
+  int value() const { return (fast + slow) >> 1; }
+};
+
+struct Rates {
+  const int32_t* fast;
+  const int32_t* slow;
+
+  void update(Probability& p, int bit) const {
+    int32_t target = bit ? 65535 : 0;
+    p.fast = static_cast<uint16_t>(p.fast + (((target - p.fast) * fast[p.count]) >> 16));
+    p.slow = static_cast<uint16_t>(p.slow + (((target - p.slow) * slow[p.count]) >> 16));
+    p.count += p.count < kLimit;
+  }
+};
+
+// A probability of 65536 as one of 32768 that the range coder accepts.
+inline uint32_t codable(int value) {
+  uint32_t p = static_cast<uint32_t>(value) >> 1;
+  return p < kLeast ? kLeast : p > kMost ? kMost : p;
+}
+
+// squash(x) = 65536 / (1 + exp(-x / 256)), stretch its inverse; |x| <= 2047.
+struct Logistic {
+  uint16_t squashed[4096];
+  int16_t stretched[4096];
+
+  Logistic() {
+    constexpr uint64_t one = uint64_t{1} << 32, decay = 4278222846u;  // exp(-1 / 256) of 2^32
+    std::array<uint64_t, 2049> power{};
+    power[0] = one;
+    for (int i = 1; i <= 2048; ++i) power[i] = (power[i - 1] * decay) >> 32;
+    for (int i = 0; i < 4096; ++i) {
+      int x = i - 2048;
+      uint64_t p = (uint64_t{65536} << 32) / (one + power[x < 0 ? -x : x]);
+      squashed[i] = static_cast<uint16_t>(x < 0 ? 65536 - p : p);
+    }
+    for (int p = 0, i = 0; p < 4096; ++p) {
+      while (i < 4095 && squashed[i] < p * 16 + 8) ++i;
+      stretched[p] = static_cast<int16_t>(clamp(i - 2048, -2047, 2047));
+    }
+  }
+
+  int squash(int x) const { return squashed[x + 2048]; }
+  int stretch(int p) const { return stretched[p >> 4]; }
+};
+
+inline const Logistic& logistic() {
+  static const Logistic tables;
+  return tables;
+}
+
+}  // namespace tersor

@@ -1,0 +1,159 @@
+// The coders for Python: flat arrays in, bytes out, and back. All work is done without the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/vector.h>
+
+#include "floats.hpp"
+#include "huffman.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace tersor {
+namespace {
+
+template <class T>
+using Flat = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Output = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Shapes = nb::ndarray<const uint32_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
+using Frequencies = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+std::vector<Shape> checked_shapes(const Shapes& shapes, size_t count) {
+  std::vector<Shape> found;
+  uint64_t total = 0;
+  for (size_t i = 0; i < shapes.shape(0); ++i) {
+    const uint32_t* at = shapes.data() + 3 * i;
+    Shape shape{at[0], at[1], at[2]};
+    if (shape.kernel == 0 || shape.columns % shape.kernel) {
+      throw std::invalid_argument("kernel must divide the columns");
+    }
+    if (shape.rows > 0x7fffffff || shape.columns > 0x7fffffff) {
+      throw std::invalid_argument("a matrix has too many rows or columns");
+    }
+    total += uint64_t{shape.rows} * shape.columns;
+    if (total > count) break;
+    found.push_back(shape);
+  }
+  if (total != count) throw std::invalid_argument("the shapes and the codes differ in size");
+  return found;
+}
+
+nb::bytes as_bytes(const Bytes& bytes) {
+  return nb::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+template <template <class> class Model>
+Bytes encode_with(int32_t* codes, const std::vector<Shape>& shapes) {
+  RangeEncoder range;
+  auto model = std::make_unique<Model<RangeEncoder>>(range);
+  for (Shape shape : shapes) {
+    code_matrix<RangeEncoder>(*model, codes, shape);
+    codes += shape.size();
+  }
+  return range.finish();
+}
+
+template <template <class> class Model>
+void decode_with(Span data, int32_t* codes, const std::vector<Shape>& shapes) {
+  RangeDecoder range(data);
+  auto model = std::make_unique<Model<RangeDecoder>>(range);
+  for (Shape shape : shapes) {
+    code_matrix<RangeDecoder>(*model, codes, shape);
+    codes += shape.size();
+  }
+  range.finish();
+}
+
+nb::bytes adaptive_encode(const Flat<int32_t>& codes, const Shapes& shapes, bool mixed) {
+  auto checked = checked_shapes(shapes, codes.size());
+  // The encoder only reads them.
+  auto* data = const_cast<int32_t*>(codes.data());
+  Bytes out;
+  {
+    nb::gil_scoped_release free;
+    out = mixed ? encode_with<Mixed>(data, checked) : encode_with<Small>(data, checked);
+  }
+  return as_bytes(out);
+}
+
+void adaptive_decode(const Flat<uint8_t>& data, const Shapes& shapes, const Output<int32_t>& codes,
+                     bool mixed) {
+  auto checked = checked_shapes(shapes, codes.size());
+  Span span{data.data(), data.size()};
+  nb::gil_scoped_release free;
+  mixed ? decode_with<Mixed>(span, codes.data(), checked)
+        : decode_with<Small>(span, codes.data(), checked);
+}
+
+nb::bytes encode_rans(const Flat<uint8_t>& symbols, const Flat<uint8_t>& tables,
+                      const Frequencies& frequency, int table_bits) {
+  if (symbols.size() != tables.size()) throw std::invalid_argument("sizes differ");
+  if (table_bits < kLeastTableBits || table_bits > kMostTableBits) {
+    throw std::invalid_argument("table_bits must be 10 to 14");
+  }
+  Bytes out;
+  {
+    nb::gil_scoped_release free;
+    out = rans_encode(symbols.data(), tables.data(), symbols.size(), frequency.data(),
+                      static_cast<uint32_t>(frequency.shape(0)),
+                      static_cast<uint32_t>(frequency.shape(1)), table_bits);
+  }
+  return as_bytes(out);
+}
+
+template <class Value>
+void decode_fast(const Flat<uint8_t>& data, const Shapes& shapes, const Output<Value>& codes) {
+  auto checked = checked_shapes(shapes, codes.size());
+  nb::gil_scoped_release free;
+  fast_decode<Value>({data.data(), data.size()}, checked, codes.data(), codes.size());
+}
+
+nb::bytes encode_huffman(const Flat<uint8_t>& symbols, const std::vector<int32_t>& lengths) {
+  for (int32_t length : lengths) {
+    if (length < 0 || length > kMostLength) throw std::invalid_argument("a code is too long");
+  }
+  Bytes out;
+  {
+    nb::gil_scoped_release free;
+    out = huffman_bits(symbols.data(), symbols.size(), lengths);
+  }
+  return as_bytes(out);
+}
+
+template <class Value>
+void decode_huffman(const Flat<uint8_t>& data, const Output<Value>& codes) {
+  nb::gil_scoped_release free;
+  huffman_decode<Value>({data.data(), data.size()}, codes.data(), codes.size());
+}
+
+template <class Element>
+void join(const Flat<int8_t>& exponents, const Flat<uint8_t>& rest, const Output<Element>& out,
+          int center) {
+  if (exponents.size() != out.size() || rest.size() != out.size() * (sizeof(Element) - 1)) {
+    throw std::invalid_argument("sizes differ");
+  }
+  nb::gil_scoped_release free;
+  join_floats<Element>(exponents.data(), rest.data(), out.data(), out.size(), center);
+}
+
+NB_MODULE(_native, module) {
+  module.def("adaptive_encode", adaptive_encode, "codes"_a, "shapes"_a, "mixed"_a);
+  module.def("adaptive_decode", adaptive_decode, "data"_a, "shapes"_a, "codes"_a.noconvert(),
+             "mixed"_a);
+  module.def("rans_encode", encode_rans, "symbols"_a, "tables"_a, "frequency"_a, "table_bits"_a);
+  module.def("fast_decode", decode_fast<int8_t>, "data"_a, "shapes"_a, "codes"_a.noconvert());
+  module.def("fast_decode", decode_fast<int16_t>, "data"_a, "shapes"_a, "codes"_a.noconvert());
+  module.def("fast_decode", decode_fast<int32_t>, "data"_a, "shapes"_a, "codes"_a.noconvert());
+  module.def("huffman_bits", encode_huffman, "symbols"_a, "lengths"_a);
+  module.def("huffman_decode", decode_huffman<int8_t>, "data"_a, "codes"_a.noconvert());
+  module.def("huffman_decode", decode_huffman<int16_t>, "data"_a, "codes"_a.noconvert());
+  module.def("huffman_decode", decode_huffman<int32_t>, "data"_a, "codes"_a.noconvert());
+  module.def("join_floats", join<uint16_t>, "exponents"_a, "rest"_a, "out"_a.noconvert(),
+             "center"_a);
+  module.def("join_floats", join<uint32_t>, "exponents"_a, "rest"_a, "out"_a.noconvert(),
+             "center"_a);
+}
+
+}  // namespace
+}  // namespace tersor

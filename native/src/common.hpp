@@ -1,0 +1,38 @@
+// What all coders share: errors, views of bytes, integer helpers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+namespace tersor {
+
+using Bytes = std::vector<uint8_t>;
+
+// Bytes that no encoder writes; Python sees a ValueError.
+struct Malformed : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+struct Span {
+  const uint8_t* data;
+  size_t size;
+};
+
+// A matrix of codes; `kernel` neighbouring columns belong to one input channel.
+struct Shape {
+  uint32_t rows;
+  uint32_t columns;
+  uint32_t kernel;
+
+  size_t size() const { return size_t{rows} * columns; }
+};
+
+inline int floor_log2(uint32_t value) { return 31 - __builtin_clz(value | 1); }
+
+inline int clamp(int value, int low, int high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+}  // namespace tersor

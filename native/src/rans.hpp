@@ -1,0 +1,376 @@
+// Static rANS: 8 or 32 interleaved 32-bit states, 16-bit words, up to 16 tables by position.
+#pragma once
+
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "static_tables.hpp"
+
+#if !defined(TERSOR_SCALAR) && defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define TERSOR_AVX2
+#include <immintrin.h>
+#endif
+
+namespace tersor {
+
+constexpr int kFewLanes = 8, kManyLanes = 32;
+constexpr size_t kManySymbols = 1u << 17;  // from here on 32 lanes cost less than 0.2 %
+constexpr uint32_t kStateBottom = 1u << 16;
+
+inline int lanes_of(size_t count) { return count < kManySymbols ? kFewLanes : kManyLanes; }
+
+inline uint32_t load16(const uint8_t* at) { return at[0] | uint32_t{at[1]} << 8; }
+
+inline uint32_t load32(const uint8_t* at) { return load16(at) | load16(at + 2) << 16; }
+
+// Which table codes which position of a matrix: base + row + channel + place, clamped.
+struct Layout {
+  Shape shape;
+  int base = 0;
+  std::vector<int32_t> row, column;
+
+  void fill(uint32_t index, uint32_t first, uint32_t count, int tables, uint8_t* into) const {
+    int64_t start = int64_t{base} + (row.empty() ? 0 : row[index]);
+    if (column.empty()) {
+      std::memset(into, static_cast<int>(std::clamp<int64_t>(start, 0, tables - 1)), count);
+      return;
+    }
+    int whole = static_cast<int>(start), most = tables - 1;
+    const int32_t* column_at = column.data() + first;
+    for (uint32_t i = 0; i < count; ++i) {
+      into[i] = static_cast<uint8_t>(clamp(whole + column_at[i], 0, most));
+    }
+  }
+};
+
+inline Layout read_layout(SideDecoder& side, Shape shape) {
+  Layout layout{shape, 0, {}, {}};
+  auto classes = [&](uint32_t count) {
+    auto values = side_row(side, count);
+    for (int32_t value : values) checked(value, -64, 64, "holds an impossible class");
+    return values;
+  };
+  auto header = side_row(side, 2);
+  int mode = checked(header[0], 0, 3, "holds an unknown mode");
+  layout.base = checked(header[1], -64, 64, "holds an impossible class");
+  if (mode & 1) layout.row = classes(shape.rows);
+  if (mode & 2) {
+    auto channel = classes(shape.columns / shape.kernel);
+    auto place = shape.kernel > 1 ? classes(shape.kernel) : std::vector<int32_t>{0};
+    layout.column.reserve(shape.columns);
+    for (int32_t value : channel) {
+      for (int32_t more : place) layout.column.push_back(value + more);
+    }
+  }
+  return layout;
+}
+
+// The tables of the positions of a group, in blocks.
+class Positions {
+ public:
+  Positions(const std::vector<Layout>& layouts, int tables) : layouts_(layouts), tables_(tables) {}
+
+  void fill(uint8_t* into, size_t count) {
+    while (count) {
+      const Layout& layout = layouts_[matrix_];
+      if (row_ == layout.shape.rows || layout.shape.columns == 0) {
+        ++matrix_;
+        row_ = column_ = 0;
+        continue;
+      }
+      uint32_t left = layout.shape.columns - column_;
+      uint32_t taken = static_cast<uint32_t>(std::min<size_t>(left, count));
+      layout.fill(row_, column_, taken, tables_, into);
+      into += taken;
+      count -= taken;
+      column_ += taken;
+      if (column_ == layout.shape.columns) ++row_, column_ = 0;
+    }
+  }
+
+ private:
+  const std::vector<Layout>& layouts_;
+  int tables_;
+  size_t matrix_ = 0;
+  uint32_t row_ = 0, column_ = 0;
+};
+
+// The words of symbols (one byte each), from last to first; `frequency` is tables x symbols.
+inline Bytes rans_encode(const uint8_t* symbols, const uint8_t* tables, size_t count,
+                         const uint32_t* frequency, uint32_t table_count, uint32_t symbol_count,
+                         int table_bits) {
+  std::vector<uint32_t> start(size_t{table_count} * symbol_count);
+  for (size_t table = 0; table < table_count; ++table) {
+    uint32_t sum = 0;
+    for (size_t symbol = 0; symbol < symbol_count; ++symbol) {
+      start[table * symbol_count + symbol] = sum;
+      sum += frequency[table * symbol_count + symbol];
+    }
+    if (sum != 1u << table_bits) throw std::invalid_argument("frequencies do not fill a table");
+  }
+  std::vector<uint16_t> words;
+  words.reserve(count / 2 + 16);
+  const size_t lanes = lanes_of(count);
+  std::vector<uint32_t> state(lanes, kStateBottom);
+  for (size_t i = count; i-- > 0;) {
+    if (symbols[i] >= symbol_count || tables[i] >= table_count) {
+      throw std::invalid_argument("a symbol is not in its table");
+    }
+    size_t cell = size_t{tables[i]} * symbol_count + symbols[i];
+    uint32_t& x = state[i % lanes];
+    uint32_t many = frequency[cell];
+    if (many == 0) throw std::invalid_argument("a symbol has no frequency");
+    if (x >= uint64_t{many} << (32 - table_bits)) {
+      words.push_back(static_cast<uint16_t>(x));
+      x >>= 16;
+    }
+    x = (x / many << table_bits) + x % many + start[cell];
+  }
+  Bytes out;
+  out.reserve(lanes * 4 + words.size() * 2);
+  for (uint32_t x : state) {
+    for (int shift = 0; shift < 32; shift += 8) out.push_back(static_cast<uint8_t>(x >> shift));
+  }
+  for (size_t i = words.size(); i-- > 0;) {
+    out.push_back(static_cast<uint8_t>(words[i]));
+    out.push_back(static_cast<uint8_t>(words[i] >> 8));
+  }
+  return out;
+}
+
+template <class Value>
+class RansDecoder {
+ public:
+  RansDecoder(const std::vector<uint32_t>& weights, uint32_t tables, uint32_t symbols, int bits)
+      : bits_(bits), symbol_((size_t{tables} << bits) + 3), span_(size_t{tables} * 256) {
+    for (uint32_t table = 0; table < tables; ++table) {
+      auto first = weights.begin() + size_t{table} * symbols;
+      auto many = frequencies({first, first + symbols}, 1u << bits);
+      uint32_t start = 0;
+      for (uint32_t i = 0; i < symbols; ++i) {
+        std::memset(&symbol_[(size_t{table} << bits) + start], static_cast<int>(i), many[i]);
+        span_[size_t{table} * 256 + i] = start << 16 | many[i];
+        start += many[i];
+      }
+    }
+  }
+
+  void decode(Span data, Positions& positions, bool many_tables, Value* out, size_t count) {
+    const size_t lanes = lanes_of(count);
+    if (data.size < lanes * 4 || data.size % 2) throw Malformed("ends too early");
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      state_[lane] = load32(data.data + 4 * lane);
+      if (state_[lane] < kStateBottom) throw Malformed("starts in an impossible state");
+    }
+    next_ = data.data + lanes * 4;
+    end_ = data.data + data.size;
+    constexpr size_t block = 4096;
+    uint8_t tables[block] = {};
+    for (size_t done = 0; done < count;) {
+      size_t now = std::min(block, count - done);
+      if (many_tables) positions.fill(tables, now);
+      size_t i = 0;
+      while (i + lanes <= now && size_t(end_ - next_) >= 2 * lanes) {
+        size_t sure = std::min<size_t>((now - i) / lanes, size_t(end_ - next_) / (2 * lanes));
+        run(lanes, many_tables, tables + i, out + done + i, sure);
+        i += sure * lanes;
+      }
+      for (; i < now; ++i) out[done + i] = careful(state_[i % lanes], tables[i]);
+      done += now;
+    }
+    if (next_ != end_) throw Malformed("goes on after its last symbol");
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      if (state_[lane] != kStateBottom) throw Malformed("ends in an impossible state");
+    }
+  }
+
+ private:
+  // Decodes `groups` times `lanes` symbols, for which there are words enough in any case.
+  void run(size_t lanes, bool many_tables, const uint8_t* tables, Value* out, size_t groups) {
+#ifdef TERSOR_AVX2
+    static const bool wide = __builtin_cpu_supports("avx2");
+    if (wide && lanes == kManyLanes) {
+      many_tables ? vectors<true>(tables, out, groups) : vectors<false>(tables, out, groups);
+      return;
+    }
+#endif
+    if (lanes == kFewLanes) {
+      many_tables ? scalars<kFewLanes, true>(tables, out, groups)
+                  : scalars<kFewLanes, false>(tables, out, groups);
+    } else {
+      many_tables ? scalars<kManyLanes, true>(tables, out, groups)
+                  : scalars<kManyLanes, false>(tables, out, groups);
+    }
+  }
+
+  template <int lanes, bool many_tables>
+  void scalars(const uint8_t* tables, Value* out, size_t groups) {
+    uint32_t x[lanes];
+    std::copy(state_, state_ + lanes, x);
+    const uint8_t* next = next_;
+    const uint8_t* symbols = symbol_.data();
+    const uint32_t* spans = span_.data();
+    const int bits = bits_;
+    const uint32_t mask = (1u << bits) - 1;
+    for (; groups; --groups, out += lanes, tables += lanes) {
+#pragma GCC unroll 8
+      for (int lane = 0; lane < lanes; ++lane) {
+        uint32_t slot = x[lane] & mask;
+        size_t table = many_tables ? tables[lane] : 0;
+        uint32_t symbol = symbols[(table << bits) + slot];
+        uint32_t span = spans[table * 256 + symbol];
+        uint32_t state = (span & 0xffff) * (x[lane] >> bits) + slot - (span >> 16);
+        out[lane] = static_cast<Value>(signed_value(symbol));
+        // Written without a condition, or compilers branch on what no one can predict.
+        uint32_t low = state < kStateBottom;
+        x[lane] = state << (16 * low) | (load16(next) & (0u - low));
+        next += 2 * low;
+      }
+    }
+    std::copy(x, x + lanes, state_);
+    next_ = next;
+  }
+
+#ifdef TERSOR_AVX2
+  template <bool many_tables>
+  __attribute__((target("avx2"))) void vectors(const uint8_t* tables, Value* out, size_t groups) {
+    constexpr int count = kManyLanes / 8;
+    __m256i x[count];
+    for (int i = 0; i < count; ++i) {
+      x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(state_ + 8 * i));
+    }
+    const uint8_t* next = next_;
+    const auto* symbols = reinterpret_cast<const int*>(symbol_.data());
+    const auto* spans = reinterpret_cast<const int*>(span_.data());
+    const auto& orders = word_orders();
+    const __m128i bits = _mm_cvtsi32_si128(bits_);
+    const __m256i mask = _mm256_set1_epi32((1 << bits_) - 1), byte = _mm256_set1_epi32(255);
+    const __m256i half = _mm256_set1_epi32(0xffff), one = _mm256_set1_epi32(1);
+    const __m256i zero = _mm256_setzero_si256();
+    for (; groups; --groups, out += kManyLanes, tables += kManyLanes) {
+#pragma GCC unroll 4
+      for (int i = 0; i < count; ++i) {
+        __m256i slot = _mm256_and_si256(x[i], mask), place = slot, table = zero;
+        if (many_tables) {
+          table = _mm256_cvtepu8_epi32(
+              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(tables + 8 * i)));
+          place = _mm256_add_epi32(place, _mm256_sll_epi32(table, bits));
+        }
+        __m256i symbol = _mm256_and_si256(_mm256_i32gather_epi32(symbols, place, 1), byte);
+        __m256i cell = many_tables ? _mm256_or_si256(symbol, _mm256_slli_epi32(table, 8)) : symbol;
+        __m256i span = _mm256_i32gather_epi32(spans, cell, 4);
+        __m256i state = _mm256_mullo_epi32(_mm256_and_si256(span, half),
+                                           _mm256_srl_epi32(x[i], bits));
+        state = _mm256_add_epi32(state, _mm256_sub_epi32(slot, _mm256_srli_epi32(span, 16)));
+        __m256i low = _mm256_cmpeq_epi32(_mm256_srli_epi32(state, 16), zero);
+        int lows = _mm256_movemask_ps(_mm256_castsi256_ps(low));
+        __m256i words = _mm256_cvtepu16_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(next)));
+        __m256i order = _mm256_cvtepu8_epi32(
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(orders[lows].data())));
+        words = _mm256_permutevar8x32_epi32(words, order);
+        __m256i fed = _mm256_or_si256(_mm256_slli_epi32(state, 16), words);
+        x[i] = _mm256_blendv_epi8(state, fed, low);
+        next += 2 * __builtin_popcount(static_cast<unsigned>(lows));
+        __m256i value = _mm256_xor_si256(_mm256_srli_epi32(symbol, 1),
+                                         _mm256_sub_epi32(zero, _mm256_and_si256(symbol, one)));
+        alignas(32) int32_t values[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(values), value);
+        for (int j = 0; j < 8; ++j) out[8 * i + j] = static_cast<Value>(values[j]);
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(state_ + 8 * i), x[i]);
+    }
+    next_ = next;
+  }
+
+  // For each set of lanes that take a word: which of the next eight words each takes.
+  static const std::array<std::array<uint8_t, 8>, 256>& word_orders() {
+    static const auto orders = [] {
+      std::array<std::array<uint8_t, 8>, 256> made{};
+      for (int set = 0; set < 256; ++set) {
+        for (int lane = 0, taken = 0; lane < 8; ++lane) {
+          if (set >> lane & 1) made[set][lane] = static_cast<uint8_t>(taken++);
+        }
+      }
+      return made;
+    }();
+    return orders;
+  }
+#endif
+
+  Value careful(uint32_t& x, size_t table) {
+    uint32_t slot = x & ((1u << bits_) - 1);
+    uint32_t symbol = symbol_[(table << bits_) + slot];
+    uint32_t span = span_[table * 256 + symbol];
+    x = (span & 0xffff) * (x >> bits_) + slot - (span >> 16);
+    if (x < kStateBottom) {
+      if (next_ == end_) throw Malformed("ends too early");
+      x = x << 16 | load16(next_);
+      next_ += 2;
+    }
+    return static_cast<Value>(signed_value(symbol));
+  }
+
+  int bits_;
+  std::vector<uint8_t> symbol_;
+  std::vector<uint32_t> span_;
+  uint32_t state_[kManyLanes] = {};
+  const uint8_t* next_ = nullptr;
+  const uint8_t* end_ = nullptr;
+};
+
+// Puts the values that have no symbol of their own in place of the escapes.
+template <class Value>
+void put_escaped(Span data, int32_t escape, Value* out, size_t count) {
+  std::vector<size_t> places;
+  for (size_t i = 0; i < count; ++i) {
+    if (out[i] == static_cast<Value>(escape)) places.push_back(i);
+  }
+  RangeDecoder range(data);
+  auto side = std::make_unique<SideDecoder>(range);
+  if (places.size() > 0xffffffffu) throw Malformed("holds too many escapes");
+  auto values = side_row(*side, static_cast<uint32_t>(places.size()));
+  range.finish();
+  for (size_t i = 0; i < places.size(); ++i) {
+    if (values[i] < std::numeric_limits<Value>::min() ||
+        values[i] > std::numeric_limits<Value>::max()) {
+      throw Malformed("holds a code too large for its type");
+    }
+    out[places[i]] = static_cast<Value>(values[i]);
+  }
+}
+
+template <class Value>
+void fast_decode(Span data, const std::vector<Shape>& shapes, Value* out, size_t count) {
+  if (count == 0) {
+    if (data.size) throw Malformed("goes on after its last symbol");
+    return;
+  }
+  Reader reader(data);
+  RangeDecoder range(reader.part());
+  auto side = std::make_unique<SideDecoder>(range);
+  auto header = side_row(*side, 4);
+  int tables = checked(header[0], 0, kMostTables - 1, "holds too many tables") + 1;
+  int bits = checked(header[1], 0, kMostTableBits - kLeastTableBits, "has tables too large");
+  int symbols = checked(header[2], 0, kMostSymbols - 1, "holds too many symbols") + 1;
+  bool escapes = checked(header[3], 0, 1, "holds an unknown flag");
+  bits += kLeastTableBits;
+  std::vector<Layout> layouts;
+  for (Shape shape : shapes) {
+    layouts.push_back(tables > 1 && shape.size() ? read_layout(*side, shape)
+                                                 : Layout{shape, 0, {}, {}});
+  }
+  auto weights = side_weights(*side, tables, symbols);
+  range.finish();
+  Span escaped = reader.part();
+  if (!escapes && escaped.size) throw Malformed("holds escaped codes without need");
+  Positions positions(layouts, tables);
+  RansDecoder<Value> decoder(weights, tables, symbols, bits);
+  decoder.decode(reader.rest(), positions, tables > 1, out, count);
+  if (escapes) put_escaped(escaped, signed_value(symbols - 1), out, count);
+}
+
+}  // namespace tersor

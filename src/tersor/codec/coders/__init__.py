@@ -1,0 +1,108 @@
+"""Coders: matrices of whole numbers to few bytes and back, exactly.
+
+Each profile is a model of the codes and a coder, and holds the same numbers:
+
+fast     rANS with fixed frequencies that depend on the position
+small    adaptive binary range coder; what it expects depends on the codes nearby
+max      the same with eight such expectations mixed
+huffman  one canonical Huffman code
+sparse   places and values of the codes that are not zero
+
+docs/format.md describes the streams. For each there is readable Python here and, where a compiler
+was found, C++ with the same bytes.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from tersor.codec.coders import adaptive, huffman, rans, sparse
+from tersor.codec.coders.adaptive import Array
+from tersor.codec.coders.models import MOST_CODE
+from tersor.codec.coders.neighbours import Shape
+
+__all__ = ["PROFILES", "Shape", "decode", "decode_group", "encode", "encode_group"]
+
+_Encoder = Callable[[Array, Sequence[Shape]], bytes]
+_Decoder = Callable[[bytes, Sequence[Shape], Array], None]
+
+_PROFILES: dict[str, tuple[_Encoder, _Decoder]] = {
+    "fast": (rans.encode, rans.decode),
+    "small": (partial(adaptive.encode, mixed=False), partial(adaptive.decode, mixed=False)),
+    "max": (partial(adaptive.encode, mixed=True), partial(adaptive.decode, mixed=True)),
+    "huffman": (huffman.encode, huffman.decode),
+    "sparse": (sparse.encode, sparse.decode),
+}
+PROFILES = tuple(_PROFILES)
+
+
+def encode(codes: Array, *, profile: str, kernel: int = 1) -> bytes:
+    """A matrix of integers as bytes.
+
+    codes: (rows, columns), of any integer type, values from -(2**31 - 1) to 2**31 - 1
+    profile: one of PROFILES
+    kernel: neighbouring columns that belong to one input channel; 9 for a 3 x 3 convolution
+    """
+    return encode_group([codes], profile=profile, kernels=[kernel])
+
+
+def decode(
+    data: bytes,
+    shape: tuple[int, int],
+    *,
+    profile: str,
+    kernel: int = 1,
+    dtype: type[np.signedinteger] = np.int32,
+) -> Array:
+    """The inverse of `encode`. Raises ValueError for bytes that no encoder writes.
+
+    Memory is that of the codes and of tables of at most 4 MiB, whatever the bytes say.
+
+    shape: (rows, columns); the bytes do not hold it
+    dtype: int8, int16 or int32, large enough for every code
+    """
+    (found,) = decode_group(data, [Shape(*shape, kernel)], profile=profile, dtype=dtype)
+    return found
+
+
+def encode_group(codes: Sequence[Array], *, profile: str, kernels: Sequence[int]) -> bytes:
+    """Several matrices as one stream: what one teaches about the codes serves the next."""
+    shapes = [_shape(matrix, kernel) for matrix, kernel in zip(codes, kernels, strict=True)]
+    for matrix in codes:
+        if matrix.size and not -MOST_CODE <= int(matrix.min()) <= int(matrix.max()) <= MOST_CODE:
+            raise ValueError(f"codes must lie from -{MOST_CODE} to {MOST_CODE}")
+    flat = [matrix.astype(np.int32, copy=False).reshape(-1) for matrix in codes]
+    joined = flat[0] if len(flat) == 1 else np.concatenate([np.empty(0, np.int32), *flat])
+    return _PROFILES[profile][0](np.ascontiguousarray(joined), shapes)
+
+
+def decode_group(
+    data: bytes,
+    shapes: Sequence[Shape],
+    *,
+    profile: str,
+    dtype: type[np.signedinteger] = np.int32,
+) -> list[Array]:
+    """The inverse of `encode_group`; see `decode`."""
+    found = np.empty(sum(shape.size for shape in shapes), np.int32 if _adapts(profile) else dtype)
+    _PROFILES[profile][1](bytes(data), shapes, found)
+    limits = np.iinfo(dtype)
+    if found.dtype != dtype:
+        if found.size and not limits.min <= found.min() <= found.max() <= limits.max:
+            raise ValueError("holds a code too large for its type")
+        found = found.astype(dtype)
+    parts = np.split(found, np.cumsum([shape.size for shape in shapes])[:-1])
+    return [part.reshape(s.rows, s.columns) for part, s in zip(parts, shapes, strict=False)]
+
+
+def _adapts(profile: str) -> bool:
+    return profile in ("small", "max")
+
+
+def _shape(matrix: Array, kernel: int) -> Shape:
+    if matrix.ndim != 2 or matrix.dtype.kind not in "iu":
+        raise ValueError(f"codes are {matrix.dtype} of shape {matrix.shape}; give integer matrices")
+    if kernel < 1 or matrix.shape[1] % kernel:
+        raise ValueError(f"kernel={kernel} does not divide the {matrix.shape[1]} columns")
+    return Shape(*matrix.shape, kernel)
