@@ -11,18 +11,20 @@ constexpr int kLimit = 254;  // counts stop here
 constexpr uint32_t kLeast = 32, kMost = (1u << 15) - kLeast;
 
 // Steps towards what was seen, of 65536: 1/2, 1/3, 1/4, ... down to 2^-least.
-inline const std::array<int32_t, kLimit + 1>& rates(int least) {
-  static const auto make = [](int shift) {
-    std::array<int32_t, kLimit + 1> table{};
+struct Rates {
+  int32_t fast[kLimit + 1];
+  int32_t slow[kLimit + 1];
+
+  constexpr Rates() : fast(), slow() {
     for (int n = 0; n <= kLimit; ++n) {
       int step = 65536 / (n + 2);
-      table[n] = step > (65536 >> shift) ? step : 65536 >> shift;
+      fast[n] = step > (65536 >> 6) ? step : 65536 >> 6;
+      slow[n] = step > (65536 >> 8) ? step : 65536 >> 8;
     }
-    return table;
-  };
-  static const std::array<int32_t, kLimit + 1> tables[] = {make(4), make(5), make(7), make(8)};
-  return tables[least == 4 ? 0 : least == 5 ? 1 : least == 7 ? 2 : 3];
-}
+  }
+};
+
+inline constexpr Rates kRates{};
 
 // Two estimates of the probability of a one, of 65536: one forgets fast, one slowly.
 struct Probability {
@@ -31,17 +33,12 @@ struct Probability {
   uint16_t count = 0;
 
   int value() const { return (fast + slow) >> 1; }
-};
 
-struct Rates {
-  const int32_t* fast;
-  const int32_t* slow;
-
-  void update(Probability& p, int bit) const {
-    int32_t target = bit ? 65535 : 0;
-    p.fast = static_cast<uint16_t>(p.fast + (((target - p.fast) * fast[p.count]) >> 16));
-    p.slow = static_cast<uint16_t>(p.slow + (((target - p.slow) * slow[p.count]) >> 16));
-    p.count += p.count < kLimit;
+  void update(int bit) {
+    int32_t target = -bit & 65535;
+    fast = static_cast<uint16_t>(fast + (((target - fast) * kRates.fast[count]) >> 16));
+    slow = static_cast<uint16_t>(slow + (((target - slow) * kRates.slow[count]) >> 16));
+    count += count < kLimit;
   }
 };
 

@@ -19,11 +19,11 @@ constexpr int kMostLean = 12;
 template <class Coder>
 class Tail {
  public:
-  Tail(Coder& coder, Rates rates) : coder_(coder), rates_(rates) {}
+  explicit Tail(Coder& coder) : coder_(coder) {}
 
   int bit(int value, Probability& p) {
     value = coder_.code(value, codable(p.value()));
-    rates_.update(p, value);
+    p.update(value);
     return value;
   }
 
@@ -53,7 +53,6 @@ class Tail {
 
  private:
   Coder& coder_;
-  Rates rates_;
   Probability lengths_[33], upper_[16][2];
 };
 
@@ -61,7 +60,7 @@ class Tail {
 template <class Coder>
 class Small {
  public:
-  explicit Small(Coder& coder) : tail(coder, Rates{rates(5).data(), rates(8).data()}) {}
+  explicit Small(Coder& coder) : tail(coder) {}
 
   void look(const Neighbours& near) { flags_ = chances_[level(near.expected, 4, kMostLevel)]; }
 
@@ -86,7 +85,7 @@ template <class Coder>
 class Mixed {
  public:
   explicit Mixed(Coder& coder)
-      : tail(coder, learn_), coder_(coder), chances_(kSlots * 16), signs_(8 * 1024),
+      : tail(coder), coder_(coder), chances_(kSlots * 16), signs_(8 * 1024),
         mixers_(256 + 1024 + 8 + 64), corrections_(1024 + 64) {
     for (auto& mixer : mixers_) std::fill(mixer.weight, mixer.weight + 8, 16384 / 4);
     for (auto& correction : corrections_) {
@@ -95,6 +94,8 @@ class Mixed {
       }
     }
   }
+
+  Tail<Coder> tail;
 
   void look(const Neighbours& near) {
     int expected = near.expected;
@@ -200,18 +201,12 @@ class Mixed {
     int target = bit ? 65535 : 0;
     learn(first, logits, target - tables_.squash(one));
     learn(second, logits, target - tables_.squash(two));
-    for (int j = 0; j < 8; ++j) learn_.update(*inputs[j], bit);
+    for (int j = 0; j < 8; ++j) inputs[j]->update(bit);
     uint16_t& nearest = cell[share >= 2048];
     nearest = static_cast<uint16_t>(nearest + ((target - nearest) >> 7));
     return bit;
   }
 
-  Rates learn_{rates(5).data(), rates(8).data()};
-
- public:
-  Tail<Coder> tail;
-
- private:
   Coder& coder_;
   const Logistic& tables_ = logistic();
   std::vector<Probability> chances_, signs_;
@@ -240,8 +235,8 @@ void code_matrix(Model& model, int32_t* codes, Shape shape) {
       if (i == kFlags) found += model.tail.exp_golomb(quotient - kFlags);
       found = found << near.shift | model.tail.remainder(size, found, near.shift);
       if (found > 0x7fffffff) throw Malformed("holds a code of more than 32 bits");
-      int64_t code = static_cast<int64_t>(found);
-      if (found && model.sign(near, known < 0, found)) code = -code;
+      int64_t negative = found ? model.sign(near, known < 0, found) : 0;
+      int64_t code = (static_cast<int64_t>(found) ^ -negative) + negative;
       if (Coder::kDecodes) *codes = static_cast<int32_t>(code);
       near.add(static_cast<int32_t>(code));
     }

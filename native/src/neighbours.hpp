@@ -30,7 +30,15 @@ class Neighbours {
         width_(kernel_ == 9 ? 3 : kernel_ == 25 ? 5 : kernel_ == 49 ? 7 : 0),
         pad_(2 * kernel_ + 4),
         column_(shape.columns, 0),
-        channel_(kernel_, kStart) {
+        channel_(kernel_, kStart),
+        sides_(kernel_, 0) {
+    for (int i = 0; width_ && i < width_ * width_; ++i) {
+      bool beside = i % width_ > 0, below = i >= width_;
+      sides_[i] = static_cast<uint8_t>((beside ? kLeft : 0) | (below ? kUp : 0) |
+                                       (beside && below ? kDiagonal : 0) |
+                                       (below && i % width_ < width_ - 1 ? kOther : 0) |
+                                       (i >= 2 * width_ ? kUpper : 0));
+    }
     for (auto& row : rows_) row.assign(size_t{columns_} + pad_ + 1, 0);
   }
 
@@ -46,18 +54,17 @@ class Neighbours {
   void look(uint32_t column) {
     looked_ = column;
     at_ = pad_ + column;
-    position = static_cast<int>(column % kernel_);
-    bool beside = width_ ? position % width_ > 0 : kernel_ == 1 && column > 0;
-    bool below = width_ && position >= width_;
+    position = column && static_cast<uint32_t>(position) + 1 < kernel_ ? position + 1 : 0;
     previous = column ? magnitude(here(1)) : near_;
     before = column > 1 ? magnitude(here(2)) : near_;
-    left = beside ? here(1) : 0;
-    up = below ? here(width_) : 0;
-    diagonal = beside && below ? here(width_ + 1) : 0;
-    other = below && position % width_ < width_ - 1 ? here(width_ - 1) : 0;
-    int upper = width_ && position >= 2 * width_ ? here(2 * width_) : 0;
+    int sides = kernel_ > 1 ? sides_[position] : column ? kLeft : 0;
+    left = sides & kLeft ? here(1) : 0;
+    up = sides & kUp ? here(width_) : 0;
+    diagonal = sides & kDiagonal ? here(width_ + 1) : 0;
+    other = sides & kOther ? here(width_ - 1) : 0;
+    int upper = sides & kUpper ? here(2 * width_) : 0;
     lean = 4 * left + 4 * up - 2 * diagonal - upper;
-    upward = below ? magnitude(up) : previous;
+    upward = sides & kUp ? magnitude(up) : previous;
     of_row = near_;
     of_rows = far_;
     of_column = row_ ? column_[column] : near_;
@@ -65,7 +72,6 @@ class Neighbours {
     expected = spatial() ? (2 * of_row + 5 * of_column + 3 * previous + before + of_channel +
                             4 * upward) >> 4
                          : (6 * of_rows + 8 * of_column + previous + before) >> 4;
-    inverse_ = (1u << 20) / (static_cast<uint32_t>(expected) + kUnit);
     shift = std::max(0, floor_log2(static_cast<uint32_t>(expected) / kUnit) - 1);
   }
 
@@ -99,8 +105,9 @@ class Neighbours {
 
   // A sum of codes against the magnitude expected, times `scale`, at most `most` either way.
   int relative(int sum, int scale, int most) const {
+    uint32_t inverse = (1u << 20) / (static_cast<uint32_t>(expected) + kUnit);
     uint64_t size = static_cast<uint64_t>(sum < 0 ? -sum : sum) * static_cast<uint64_t>(scale);
-    int steps = static_cast<int>(std::min<uint64_t>((size * inverse_) >> 16, most));
+    int steps = static_cast<int>(std::min<uint64_t>((size * inverse) >> 16, most));
     return sum < 0 ? -steps : steps;
   }
 
@@ -109,13 +116,15 @@ class Neighbours {
   int of_row = 0, of_rows = 0, of_column = 0, of_channel = 0, expected = 0, shift = 0;
 
  private:
+  enum : uint8_t { kLeft = 1, kUp = 2, kDiagonal = 4, kOther = 8, kUpper = 16 };
+
   uint32_t columns_, kernel_;
   int width_;
   uint32_t pad_, row_ = 0, looked_ = 0;
   size_t at_ = 0;
-  uint32_t inverse_ = 0;
   int near_ = kStart, far_ = kStart;
   std::vector<int> column_, channel_;
+  std::vector<uint8_t> sides_;  // which neighbours lie in the same kernel
   std::vector<int16_t> rows_[3];
 };
 

@@ -72,13 +72,11 @@ class RangeDecoder {
 
   int code(int, uint32_t probability) {
     uint32_t bound = (range_ >> kProbabilityBits) * probability;
-    int bit = code_ < bound;
-    if (bit) {
-      range_ = bound;
-    } else {
-      code_ -= bound;
-      range_ -= bound;
-    }
+    // Without a condition, since no processor can predict it.
+    uint32_t one = code_ < bound, mask = 0u - one;
+    code_ -= bound & ~mask;
+    range_ = (range_ - bound) + ((2 * bound - range_) & mask);
+    int bit = static_cast<int>(one);
     while (range_ < kRangeBottom) {
       code_ = code_ << 8 | next();
       range_ <<= 8;

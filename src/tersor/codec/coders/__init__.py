@@ -18,14 +18,27 @@ from functools import partial
 import numpy as np
 
 from tersor.codec.coders import adaptive, huffman, rans, sparse
-from tersor.codec.coders.adaptive import Array
+from tersor.codec.coders.adaptive import Array, Data
+from tersor.codec.coders.delta import decode_delta, encode_delta
+from tersor.codec.coders.floats import decode_floats, encode_floats
 from tersor.codec.coders.models import MOST_CODE
 from tersor.codec.coders.neighbours import Shape
 
-__all__ = ["PROFILES", "Shape", "decode", "decode_group", "encode", "encode_group"]
+__all__ = [
+    "PROFILES",
+    "Shape",
+    "decode",
+    "decode_delta",
+    "decode_floats",
+    "decode_group",
+    "encode",
+    "encode_delta",
+    "encode_floats",
+    "encode_group",
+]
 
 _Encoder = Callable[[Array, Sequence[Shape]], bytes]
-_Decoder = Callable[[bytes, Sequence[Shape], Array], None]
+_Decoder = Callable[[Data, Sequence[Shape], Array], None]
 
 _PROFILES: dict[str, tuple[_Encoder, _Decoder]] = {
     "fast": (rans.encode, rans.decode),
@@ -48,7 +61,7 @@ def encode(codes: Array, *, profile: str, kernel: int = 1) -> bytes:
 
 
 def decode(
-    data: bytes,
+    data: Data,
     shape: tuple[int, int],
     *,
     profile: str,
@@ -78,7 +91,7 @@ def encode_group(codes: Sequence[Array], *, profile: str, kernels: Sequence[int]
 
 
 def decode_group(
-    data: bytes,
+    data: Data,
     shapes: Sequence[Shape],
     *,
     profile: str,
@@ -86,7 +99,7 @@ def decode_group(
 ) -> list[Array]:
     """The inverse of `encode_group`; see `decode`."""
     found = np.empty(sum(shape.size for shape in shapes), np.int32 if _adapts(profile) else dtype)
-    _PROFILES[profile][1](bytes(data), shapes, found)
+    _PROFILES[profile][1](data, shapes, found)
     limits = np.iinfo(dtype)
     if found.dtype != dtype:
         if found.size and not limits.min <= found.min() <= found.max() <= limits.max:
@@ -105,4 +118,4 @@ def _shape(matrix: Array, kernel: int) -> Shape:
         raise ValueError(f"codes are {matrix.dtype} of shape {matrix.shape}; give integer matrices")
     if kernel < 1 or matrix.shape[1] % kernel:
         raise ValueError(f"kernel={kernel} does not divide the {matrix.shape[1]} columns")
-    return Shape(*matrix.shape, kernel)
+    return Shape(matrix.shape[0], matrix.shape[1], kernel)

@@ -12,6 +12,7 @@ from tersor.codec.coders.native import native
 from tersor.codec.coders.neighbours import Shape
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Data = bytes | memoryview
 
 
 def encode(codes: Array, shapes: Sequence[Shape], *, mixed: bool) -> bytes:
@@ -29,7 +30,7 @@ def encode(codes: Array, shapes: Sequence[Shape], *, mixed: bool) -> bytes:
     return coder.finish()
 
 
-def decode(data: bytes, shapes: Sequence[Shape], codes: Array, *, mixed: bool) -> None:
+def decode(data: Data, shapes: Sequence[Shape], codes: Array, *, mixed: bool) -> None:
     """Fills `codes` (int32, flat). Raises ValueError for what no encoder writes."""
     compiled = native()
     if compiled is not None:
@@ -46,8 +47,8 @@ def decode(data: bytes, shapes: Sequence[Shape], codes: Array, *, mixed: bool) -
 class Side:
     """A stream read matrix by matrix, where the first say how large the next are."""
 
-    def __init__(self, data: bytes, *, mixed: bool = False) -> None:
-        self._coder = RangeDecoder(data)
+    def __init__(self, data: Data, *, mixed: bool = False) -> None:
+        self._coder = RangeDecoder(bytes(data))
         self._model = _model(self._coder, mixed)
 
     def matrix(self, shape: Shape) -> list[int]:

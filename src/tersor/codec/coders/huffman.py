@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tersor.codec.coders import adaptive, static
-from tersor.codec.coders.adaptive import Array, Side
+from tersor.codec.coders.adaptive import Array, Data, Side
 from tersor.codec.coders.native import native
 from tersor.codec.coders.neighbours import Shape
 from tersor.codec.coders.static import Alphabet, checked
@@ -32,7 +32,7 @@ def encode(codes: Array, shapes: Sequence[Shape]) -> bytes:
     return static.part(side) + static.part(escaped) + bits
 
 
-def decode(data: bytes, shapes: Sequence[Shape], codes: Array) -> None:
+def decode(data: Data, shapes: Sequence[Shape], codes: Array) -> None:
     """Fills `codes` (flat). Raises ValueError for what no encoder writes."""
     compiled = native()
     if compiled is not None:
@@ -105,7 +105,7 @@ def _bits(symbols: Array, lengths: Sequence[int]) -> bytes:
     return np.packbits(np.frombuffer(text.encode(), np.uint8) - ord("0")).tobytes()
 
 
-def _symbols(data: bytes, lengths: Sequence[int], count: int) -> Array:
+def _symbols(data: Data, lengths: Sequence[int], count: int) -> Array:
     by_code = {pair: symbol for symbol, pair in _canonical(lengths).items()}
     bits = np.unpackbits(np.frombuffer(data, np.uint8)).tolist()
     found, at = [], 0

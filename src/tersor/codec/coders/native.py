@@ -12,7 +12,7 @@ def native() -> ModuleType | None:
     if os.environ.get("TERSOR_NO_NATIVE"):
         return None
     try:
-        from tersor import _native
+        from tersor.codec.coders import _native
     except ImportError as error:
         warnings.warn(
             f"tersor's compiled coders are not available ({error}); files are read and written "

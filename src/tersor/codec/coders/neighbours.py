@@ -81,9 +81,7 @@ class Neighbours:
         self.left = self.here(1) if beside else 0
         self.up = self.here(width) if below else 0
         self.diagonal = self.here(width + 1) if beside and below else 0
-        self.other = (
-            self.here(width - 1) if below and self.position % width < width - 1 else 0
-        )
+        self.other = self.here(width - 1) if below and self.position % width < width - 1 else 0
         upper = self.here(2 * width) if width and self.position >= 2 * width else 0
         self.lean = 4 * self.left + 4 * self.up - 2 * self.diagonal - upper
         self.upward = magnitude(self.up) if below else self.previous

@@ -114,7 +114,8 @@ def _bits(counts: static.Counts) -> Array:
     """Bits that each table's symbols take, and the table; whole, so that all machines agree."""
     total = counts.sum(1, keepdims=True)
     each = counts * (np.log2(np.maximum(total, 1)) - np.log2(np.maximum(counts, 1)))
-    return np.rint(each.sum(1) + 3 * (counts > 0).sum(1)).astype(np.int64)
+    found: Array = np.rint(each.sum(1) + 3 * (counts > 0).sum(1)).astype(np.int64)
+    return found
 
 
 def _side_bits(layout: Layout) -> int:
@@ -130,7 +131,7 @@ def _layouts(codes: Array, shapes: Sequence[Shape], coarse: int) -> list[Layout]
     """Classes from mean magnitudes, in steps of `coarse` half octaves, the least table being 0."""
     found, start = [], 0
     for shape in shapes:
-        matrix = np.abs(codes[start : start + shape.size].astype(np.int64))
+        matrix = np.abs(codes[start : start + shape.size].astype(np.int64)).clip(max=2**20)
         start += shape.size
         found.append(_classes(matrix.reshape(shape.rows, shape.columns), shape, coarse))
     used = [layout.base for layout in found if layout.shape.size]
@@ -155,7 +156,8 @@ def _classes(matrix: Array, shape: Shape, coarse: int) -> Layout:
 def _half_octaves(total: Array, count: int) -> Array:
     """Logarithm of the mean, of which 1/16 is the least that counts."""
     mean = np.minimum(total * 16 // count, 2**32).clip(1)
-    return np.searchsorted(_HALF_OCTAVES, mean, side="right")
+    found: Array = np.searchsorted(_HALF_OCTAVES, mean, side="right")
+    return found
 
 
 def _cheapest_modes(layouts: list[Layout], symbols: Array, size: int) -> Plan:
@@ -176,7 +178,9 @@ def _cheapest_modes(layouts: list[Layout], symbols: Array, size: int) -> Plan:
 def _modes(layout: Layout) -> list[Layout]:
     by_row = replace(layout, channel=None, place=None)
     by_channel = replace(layout, row=None)
-    return [replace(by_row, row=None), by_row, by_channel, layout] if layout.shape.size else [layout]
+    return (
+        [replace(by_row, row=None), by_row, by_channel, layout] if layout.shape.size else [layout]
+    )
 
 
 def _price(layout: Layout, symbols: Array, cost: Array) -> int:

@@ -13,7 +13,7 @@ def _rates(least: int) -> list[int]:
     return [max(65536 // (n + 2), 65536 >> least) for n in range(_LIMIT + 1)]
 
 
-_FAST, _SLOW = _rates(5), _rates(8)
+_FAST, _SLOW = _rates(6), _rates(8)
 
 
 class Probability:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tersor.codec.coders import adaptive, static
-from tersor.codec.coders.adaptive import Array, Side
+from tersor.codec.coders.adaptive import Array, Data, Side
 from tersor.codec.coders.native import native
 from tersor.codec.coders.neighbours import Shape
 from tersor.codec.coders.planning import Layout, Plan, plan, positions
@@ -35,13 +35,13 @@ def encode(codes: Array, shapes: Sequence[Shape]) -> bytes:
     tables = best.tables
     compiled = native()
     if compiled is not None:
-        words = compiled.rans_encode(symbols, tables, frequency.astype(np.uint32), bits)
+        words: bytes = compiled.rans_encode(symbols, tables, frequency.astype(np.uint32), bits)
     else:
         words = _words(symbols, tables, frequency, bits)
     return static.part(side) + static.part(escaped) + words
 
 
-def decode(data: bytes, shapes: Sequence[Shape], codes: Array) -> None:
+def decode(data: Data, shapes: Sequence[Shape], codes: Array) -> None:
     """Fills `codes` (flat). Raises ValueError for what no encoder writes."""
     compiled = native()
     if compiled is not None:
@@ -84,8 +84,7 @@ def _read_side(
     size = checked(header[2], 0, static.MOST_SYMBOLS - 1, "holds too many symbols") + 1
     alphabet = Alphabet(size, bool(checked(header[3], 0, 1, "holds an unknown flag")))
     layouts = [
-        Layout.read(side, shape) if tables > 1 and shape.size else Layout(shape)
-        for shape in shapes
+        Layout.read(side, shape) if tables > 1 and shape.size else Layout(shape) for shape in shapes
     ]
     weights = static.read_weights(side, tables, size)
     side.finish()
@@ -119,7 +118,7 @@ def _words(symbols: Array, tables: Array, frequency: Array, bits: int) -> bytes:
     return np.array(states, "<u4").tobytes() + np.array(words[::-1], "<u2").tobytes()
 
 
-def _symbols(data: bytes, tables: Array, frequency: Array, bits: int) -> Array:
+def _symbols(data: Data, tables: Array, frequency: Array, bits: int) -> Array:
     """All lanes at once: they depend on each other only by the words that they take."""
     lanes = _lanes(tables.size)
     if len(data) < 4 * lanes or len(data) % 2:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tersor.codec.coders import rans, static
-from tersor.codec.coders.adaptive import Array
+from tersor.codec.coders.adaptive import Array, Data
 from tersor.codec.coders.neighbours import Shape
 
 _MASK, _RUNS = b"\0", b"\1"
@@ -29,7 +29,7 @@ def encode(codes: Array, shapes: Sequence[Shape]) -> bytes:
     return _MASK + mask + _coded(codes[places])
 
 
-def decode(data: bytes, shapes: Sequence[Shape], codes: Array) -> None:
+def decode(data: Data, shapes: Sequence[Shape], codes: Array) -> None:
     """Fills `codes` (flat). Raises ValueError for what no encoder writes."""
     codes[:] = 0
     if codes.size == 0:
@@ -58,7 +58,7 @@ def _number(value: int) -> bytes:
     return value.to_bytes(8, "little").rstrip(b"\0")
 
 
-def _from_mask(data: bytes, count: int) -> Array:
+def _from_mask(data: Data, count: int) -> Array:
     if len(data) != (count + 7) // 8:
         raise ValueError("has a mask of the wrong size")
     bits = np.unpackbits(np.frombuffer(data, np.uint8))
@@ -67,10 +67,10 @@ def _from_mask(data: bytes, count: int) -> Array:
     return np.flatnonzero(bits)
 
 
-def _from_runs(data: bytes, count: int) -> Array:
+def _from_runs(data: Data, count: int) -> Array:
     number, rest = static.parted(data)
     size = int.from_bytes(number, "little")
-    if len(number) > 8 or size > count or number.endswith(b"\0"):
+    if len(number) > 8 or size > count or number[-1:] == b"\0":
         raise ValueError("holds more codes than there are places")
     gaps = np.empty(size, np.int32)
     rans.decode(rest, [Shape(1, size)], gaps)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tersor.codec.coders import adaptive
-from tersor.codec.coders.adaptive import Array, Side
+from tersor.codec.coders.adaptive import Array, Data, Side
 from tersor.codec.coders.neighbours import Shape
 
 MOST_TABLES, MOST_SYMBOLS, MOST_WEIGHT = 16, 256, 64
@@ -133,7 +133,7 @@ def symbols_of(codes: Array) -> tuple[Array, Alphabet, bytes]:
     return np.minimum(wide, alphabet.size - 1).astype(np.uint8), alphabet, stream
 
 
-def put_escaped(codes: Array, alphabet: Alphabet, stream: bytes) -> None:
+def put_escaped(codes: Array, alphabet: Alphabet, stream: Data) -> None:
     """Replaces the escapes among `codes`."""
     if not alphabet.escapes:
         if stream:
@@ -155,7 +155,7 @@ def part(data: bytes) -> bytes:
     return bytes(out) + data
 
 
-def parted(data: bytes) -> tuple[bytes, bytes]:
+def parted(data: Data) -> tuple[Data, Data]:
     """The first part and what follows it."""
     size = 0
     for i in range(6):
