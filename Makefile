@@ -9,7 +9,9 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench docs help-page format clean
+STREAMS ?= 250000
+
+.PHONY: help demo test test-slow fuzz check bench docs help-page format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -23,6 +25,12 @@ test: .venv/dev.stamp  ## run the tests (a few minutes)
 
 test-slow: .venv/dev.stamp  ## run the long tests
 	$(BIN)/python -m pytest -m slow
+
+fuzz:  ## give the compiled decoders mutated streams, with AddressSanitizer and UBSan (STREAMS=...)
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+		-Inative/src native/fuzz/fuzz.cpp -o build/fuzz
+	build/fuzz $(STREAMS)
 
 check: .venv/dev.stamp  ## format, lint, types, import floors, help page, code in the docs
 	$(BIN)/ruff format --check

@@ -1,6 +1,8 @@
 """Coders give every code back, with the same bytes in C++ and in Python, close to the entropy."""
 
+import functools
 import hashlib
+import sys
 
 import numpy as np
 import pytest
@@ -229,6 +231,21 @@ def test_a_code_too_large_for_its_type_is_refused(profile):
 def test_what_cannot_be_coded_is_refused(codes, kernel, said):
     with pytest.raises(ValueError, match=said):
         coders.encode(codes, profile="small", kernel=kernel)
+
+
+def test_missing_compiled_coders_are_said_once(monkeypatch):
+    find = native.native.__wrapped__
+    monkeypatch.delenv("TERSOR_NO_NATIVE", raising=False)
+    monkeypatch.setitem(sys.modules, "tersor.codec.coders._native", None)
+    monkeypatch.delattr(coders, "_native", raising=False)
+    cached = functools.cache(find)
+    with pytest.warns(RuntimeWarning, match="slower") as said:
+        assert cached() is None
+        assert cached() is None
+    assert len(said) == 1
+    # Whoever chose it need not be told.
+    monkeypatch.setenv("TERSOR_NO_NATIVE", "1")
+    assert find() is None
 
 
 def words(kind, count, seed=0):

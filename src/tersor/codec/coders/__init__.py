@@ -8,8 +8,8 @@ max      the same with eight such expectations mixed
 huffman  one canonical Huffman code
 sparse   places and values of the codes that are not zero
 
-docs/format.md describes the streams. For each there is readable Python here and, where a compiler
-was found, C++ with the same bytes.
+Each module says what its streams are. All are readable Python here and, where a compiler was found,
+C++ that writes and reads the same bytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def decode(
 ) -> Array:
     """The inverse of `encode`. Raises ValueError for bytes that no encoder writes.
 
-    Memory is that of the codes and of tables of at most 4 MiB, whatever the bytes say.
+    The compiled coders take at most 4 MiB and 40 bytes per code, whatever the bytes say.
 
     shape: (rows, columns); the bytes do not hold it
     dtype: int8, int16 or int32, large enough for every code
