@@ -56,7 +56,8 @@ def fit(bench: Bench, limit: int) -> Point:
         # Near enough, or growing no longer helps.
         if best is not None and (best is not point or point.loss == 0 or slack < limit // 500):
             break
-        payload += slack
+        # What was spent, not what was allowed: a near miss must not repeat the allocation.
+        payload = slack + (payload if slack > 0 else min(payload, _spent(bench, point)))
     if best is None:
         reached = (nearest.bytes if nearest else least) + _MARGIN
         raise BudgetError(
@@ -122,19 +123,24 @@ def front(bench: Bench, point: Point, steps: int = 10) -> list[tuple[int, float]
     """(bytes, loss) that the allocation expects for files from the smallest to 8-bit codes."""
     options = bench.study.options()
     least = sum(min(size for size, _ in choices) for choices in options)
-    sizes = {
-        site.name: dict(zip([c.label for c in choices], row, strict=True))
-        for site, choices, row in zip(
-            bench.study.sites, bench.study.choices, bench.study.sizes, strict=True
-        )
-    }
-    rest = point.bytes - sum(sizes[name][label] for name, label in point.labels.items())
+    rest = point.bytes - _spent(bench, point)
     found = []
     for payload in np.geomspace(least, max(least, _lossless_like(options)), steps):
         taken = allocate(options, int(payload))
         picked = [choices[t] for choices, t in zip(options, taken, strict=True)]
         found.append((rest + sum(size for size, _ in picked), sum(loss for _, loss in picked)))
     return found
+
+
+def _spent(bench: Bench, point: Point) -> int:
+    """Bytes of the weights as they were chosen for `point`."""
+    study = bench.study
+    return sum(
+        size
+        for site, choices, sizes in zip(study.sites, study.choices, study.sizes, strict=True)
+        for choice, size in zip(choices, sizes, strict=True)
+        if choice.label == point.labels[site.name]
+    )
 
 
 def shortfalls(
