@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import zoo
-from tersor.codec import load, program_of, read_header, save, verify
-from tersor.codec.graph import call_arguments
+from tersor.codec import load, read_header, save, verify
 from tersor.errors import ExportError, FileError, ModelError, OptionError
 from tersor.forms import Affine, Bitmask, Codebook, Dense, FakeAffine, Form, NofM
+from tersor.program import program_of
+from tersor.program.of_model import call_arguments
 from tersor.recipe import Recipe, Step
 from tersor.surgery import decoded, form_of, hold, walk
 

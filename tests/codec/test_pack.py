@@ -9,9 +9,9 @@ from torch import nn
 
 from tersor.codec import coded_bytes, pack, read_header, save
 from tersor.codec.pack import Coding, Unreadable, coding_of, decode, encode
-from tersor.codec.program import DTYPES
 from tersor.errors import ModelError
 from tersor.forms import Affine, Bitmask, Codebook, Dense
+from tersor.program.program import DTYPES
 from tersor.surgery import hold
 
 

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional
 
 import zoo
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.trace import trace
 from tersor.forms import Affine
 from tersor.measure import macs
+from tersor.program.interpreter import Interpreted
+from tersor.program.trace import trace
 from tersor.surgery import walk
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from tersor.codec.contents import stored
 from tersor.codec.header import Entry
-from tersor.codec.program import split_name
 from tersor.errors import FileError, ModelError
 from tersor.forms import Form
+from tersor.program.program import split_name
 from tersor.surgery.hold import bake, form_of, hold, release
 
 Item = tuple[Entry, Tensor | Form]

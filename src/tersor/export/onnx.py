@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.codec.trace_call import call_of
 from tersor.errors import MissingExtra, OptionError
 from tersor.export.onnx_check import Difference, Session, check_bytes, check_outputs
 from tersor.export.onnx_file import replaced, save
 from tersor.export.onnx_layers import Layer, layers_of
 from tersor.export.onnx_trace import build
+from tersor.program.call import call_of
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 

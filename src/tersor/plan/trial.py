@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.codec import load, program_of, save
+from tersor.codec import load, save
 from tersor.errors import ExportError
 from tersor.measure import quality
 from tersor.methods import run
@@ -19,6 +19,7 @@ from tersor.plan.budget import Budget
 from tersor.plan.folder import RunFolder
 from tersor.plan.progress import Bar
 from tersor.plan.study import Study
+from tersor.program import program_of
 from tersor.version import VERSION
 
 

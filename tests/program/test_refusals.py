@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.trace import trace
 from tersor.errors import ExportError, ModelError
+from tersor.program.interpreter import Interpreted
+from tersor.program.trace import trace
 
 
 class Scaled(nn.Linear):

@@ -19,15 +19,15 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as symbolic_config
 
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.operators import CONSTANT, WEIGHT
-from tersor.codec.program import Named, Program, Ref, Size, slots
-from tersor.codec.program_rules import BrokenRule, check_program
-from tersor.codec.trace_call import Call, Untraceable, call_of
-from tersor.codec.trace_graph import Writer
-from tersor.codec.trace_recurrent import whole_recurrences
-from tersor.codec.trace_sizes import Sizes
 from tersor.errors import CompressError, ExportError
+from tersor.program.call import Call, Untraceable, call_of
+from tersor.program.graph import Writer
+from tersor.program.interpreter import Interpreted
+from tersor.program.operators import CONSTANT, WEIGHT
+from tersor.program.program import Named, Program, Ref, Size, slots
+from tersor.program.recurrent import whole_recurrences
+from tersor.program.rules import BrokenRule, check_program
+from tersor.program.sizes import Sizes
 
 WAY_OUT = (
     "save(..., graph=False) stores the weights alone; load them with load(path, into=your_model)"

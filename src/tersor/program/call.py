@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.codec.program import Fixed, Named, Ref, Slot
 from tersor.errors import ExportError
+from tersor.program.program import Fixed, Named, Ref, Slot
 
 
 class Untraceable(Exception):

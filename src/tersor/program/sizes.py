@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from tersor.codec.program import Size, slots
-from tersor.codec.trace_call import Call, reshaped
+from tersor.program.call import Call, reshaped
+from tersor.program.program import Size, slots
 
 _UNLIMITED = 2**62
 

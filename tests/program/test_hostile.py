@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tersor.codec.containers import skeleton
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.operators import ATEN, overload
-from tersor.codec.program import Program
-from tersor.codec.trace import trace
 from tersor.errors import CompressError, FileError, ModelError
+from tersor.program.interpreter import Interpreted
+from tersor.program.operators import ATEN, overload
+from tersor.program.program import Program
+from tersor.program.skeleton import skeleton
+from tersor.program.trace import trace
 
 
 def fields(*nodes, operators=(), output="^1", **changed):

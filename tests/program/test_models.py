@@ -12,10 +12,10 @@ import zstandard
 from torch import Tensor
 
 import zoo
-from tersor.codec.containers import skeleton
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.program import Program
-from tersor.codec.trace import trace
+from tersor.program.interpreter import Interpreted
+from tersor.program.program import Program
+from tersor.program.skeleton import skeleton
+from tersor.program.trace import trace
 
 
 def rebuilt(model, program):
@@ -118,9 +118,9 @@ def test_runs_where_no_model_code_can_be_imported(shared_data, tmp_path):
     torch.save(tensors, tmp_path / "tensors.pt")
     script = """
         import sys, torch
-        from tersor.codec.containers import skeleton
-        from tersor.codec.interpreter import Interpreted
-        from tersor.codec.program import Program
+        from tersor.program.skeleton import skeleton
+        from tersor.program.interpreter import Interpreted
+        from tersor.program.program import Program
         stored = torch.load("tensors.pt", weights_only=True)
         program = Program.from_json(open("program.json", "rb").read(), stored["constants"])
         tree = skeleton(stored["state"], program.kinds, program.buffers)

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tersor.codec.operators import CONSTANT, WEIGHT, known
-from tersor.codec.program import (
+from tersor.errors import FileError
+from tersor.program.operators import CONSTANT, WEIGHT, known
+from tersor.program.program import (
     DTYPES,
     FLOATS,
     MEMORY_FORMATS,
@@ -29,8 +30,7 @@ from tersor.codec.program import (
     Slot,
     slots,
 )
-from tersor.codec.program_rules import BrokenRule, check_program
-from tersor.errors import FileError
+from tersor.program.rules import BrokenRule, check_program
 
 LONGEST_FILE = 64 * 2**20
 LONGEST_LIST = 500_000

@@ -135,7 +135,7 @@ class Program:
     @staticmethod
     def from_json(data: bytes | str, constants: Mapping[str, Tensor] | None = None) -> Program:
         """Reads what `to_json` wrote; anything else raises a FileError saying what is wrong."""
-        from tersor.codec.program_reader import read_program
+        from tersor.program.reader import read_program
 
         return read_program(data, constants or {})
 

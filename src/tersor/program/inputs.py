@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tersor.codec.program import Fixed, Named, Program, Size, Slot, slots
 from tersor.errors import ModelError
+from tersor.program.program import Fixed, Named, Program, Size, Slot, slots
 
 
 class Arguments:
