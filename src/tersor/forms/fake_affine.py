@@ -75,7 +75,8 @@ class FakeAffine(Form):
         inputs = self.latent.shape[1]
         damping = 1.0 / (self.latent.numel() / max(1, self.scale.numel()) * top) ** 0.5
         damped = self.scale * damping + (self.scale * (1 - damping)).detach()
-        rounded = damped + (damped.to(torch.bfloat16).to(damped.dtype) - damped).detach()
+        # Rounded from the scale itself: damping may move it by a bit, across a bfloat16's edge.
+        rounded = damped + (self.scale.to(torch.bfloat16).to(damped.dtype) - damped).detach()
         scale = spread(rounded, inputs, self.group_size)
         levels = (self.latent / scale).clamp(-top, top)
         matrix = (levels + (levels.round() - levels).detach()) * scale
