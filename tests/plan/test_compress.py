@@ -15,7 +15,7 @@ from torch import nn
 from tersor.codec import load
 from tersor.errors import BudgetError, ModelError, OptionError, OutputError, TaskError
 from tersor.measure import quality, safetensors_bytes
-from tersor.plan import Budget, compress
+from tersor.plan import compress
 from tersor.plan import study as study_module
 from tersor.task import classification
 
@@ -158,7 +158,9 @@ def test_size_and_quality_together_out_of_reach_say_which_binds(trained, tmp_pat
     with pytest.raises(BudgetError) as refused:
         compress(trained, strict, "size=500", run=tmp_path / "probe")
     reachable = re.search(r"ask for (size=[0-9.]+x)", str(refused.value))[1]
-    with pytest.raises(BudgetError, match=r"accuracy is .* must be at least 100 .*binds") as refused:
+    with pytest.raises(
+        BudgetError, match=r"accuracy is .* must be at least 100 .*binds"
+    ) as refused:
         compress(trained, strict, f"{reachable}, drop=0", run=tmp_path / "run")
     assert not (tmp_path / "run" / "model.tersor").exists()
     larger = re.search(r"ask for (size=[0-9.]+x)", str(refused.value))[1]
@@ -166,8 +168,30 @@ def test_size_and_quality_together_out_of_reach_say_which_binds(trained, tmp_pat
 
 
 def test_a_floor_above_the_original_is_refused(trained, task, tmp_path):
-    with pytest.raises(BudgetError, match=r"accuracy>=100.5 is out of reach: the original"):
+    with pytest.raises(
+        BudgetError, match=r"accuracy>=100.5 in the budget is out of reach: the original"
+    ):
         compress(trained, task, "size=0.6x, accuracy>=100.5", run=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        ("accuracy<=90", "accuracy should be high; write accuracy>=90"),
+        ("calibration_error>=3", "calibration_error should be low; write calibration_error<=3"),
+        ("speed>=3", r"names no metric of the task; it has \['accuracy'"),
+        ("calibration_error<=0.0001", "out of reach"),
+    ],
+)
+def test_bounds_that_make_no_sense_for_the_metric_are_refused(trained, task, tmp_path, bound, said):
+    with pytest.raises(BudgetError, match=said):
+        compress(trained, task, f"size=0.6x, {bound}", run=tmp_path / "run")
+
+
+def test_macs_are_limited_per_sample(trained, task, tmp_path):
+    per_sample = 64 * (9 * 16 + 9 * 16 * 32) + 32 * 3
+    kept = compress(trained, task, f"size=0.6x, macs={per_sample}", run=tmp_path / "run")
+    assert kept.report["costs"]["macs"] == {"before": per_sample, "after": per_sample}
 
 
 @pytest.mark.parametrize("limit", ["macs=0.5x", "memory=0.1x"])
@@ -189,7 +213,7 @@ def test_without_data_it_works_and_says_what_that_costs(trained, tmp_path):
 
 
 def test_quality_limits_without_data_are_refused(trained, tmp_path):
-    with pytest.raises(TaskError, match="drop= in the budget needs data"):
+    with pytest.raises(TaskError, match=r"size=0.6x, drop=1 needs data"):
         compress(trained, None, "size=0.6x, drop=1", run=tmp_path / "run")
 
 
@@ -248,9 +272,3 @@ def test_killed_at_random_moments_the_file_is_the_same(tmp_path):
             running.wait()
         assert start(folder).wait(120) == 0
         assert (folder / "model.tersor").read_bytes() == whole
-
-
-def test_budget_objects_and_lines_are_the_same(trained, task, tmp_path):
-    assert Budget.of({"size": "0.6x", "at_least": {"accuracy": 50}}) == Budget.parse(
-        "size=0.6x, accuracy>=50"
-    )

@@ -88,7 +88,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 def batch_of(inputs: Any) -> int:
     """Size of the first dimension of the first tensor, 1 where there is none."""
     first = next(tensors_in(inputs), None)
-    return int(first.shape[0]) if first is not None and first.dim() else 1
+    return max(1, len(first)) if first is not None and first.dim() else 1
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

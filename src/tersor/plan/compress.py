@@ -16,7 +16,7 @@ from tersor.plan.budget import Budget
 from tersor.plan.folder import RunFolder, open_folder
 from tersor.plan.journal import model_hash
 from tersor.plan.progress import Bar
-from tersor.plan.search import search, shortfalls
+from tersor.plan.search import quality_kept, search, shortfalls
 from tersor.plan.study import measure_choices, study
 from tersor.plan.summary import overruns, summary
 from tersor.plan.target import check_target
@@ -72,7 +72,7 @@ def compress(
     Raises BudgetError when the budget cannot be met (saying how near it came and which limit
     binds), ModelError, TaskError, OptionError, OutputError for inputs that cannot be used.
     """
-    limits = Budget.of(budget if not isinstance(budget, Mapping) else dict(budget))
+    limits = Budget.of(budget)
     _check_task(limits, task)
     steps = recipe.as_json() if isinstance(recipe, Recipe) else recipe
     # Before the folder is made: a model that cannot be used leaves nothing behind.
@@ -166,39 +166,38 @@ def _given(bench: Bench, recipe: list[dict[str, Any]]) -> Point:
 
 
 def _check_task(budget: Budget, task: Task | None) -> None:
-    needs = [
-        name
-        for name in ("drop", "at_least", "latency_ms", "memory", "macs")
-        if getattr(budget, name)
-    ]
-    if task is None and needs:
+    asked = str(budget)
+    measured = budget.limits_quality or budget.latency_ms or budget.memory or budget.macs
+    if task is None and measured:
         raise TaskError(
-            f"{needs[0]}= in the budget needs data to measure it on; give a task (--data), or ask "
-            "for "
+            f"the budget {asked} needs data to measure it on; give a task (--data), or ask for "
             "size= alone"
         )
-    if task is not None and (budget.drop or budget.at_least) and not task.has_test:
+    if task is not None and budget.limits_quality and not task.has_test:
         raise TaskError(
-            "drop= or a metric's floor in the budget needs labelled test data, and the task has "
-            "none; "
-            "give test data, or ask for size= alone"
+            f"the budget {asked} limits a metric, which needs labelled test data, and the task has "
+            "none; give test data, or ask for size= alone"
         )
 
 
 def _check_metrics(budget: Budget, before: dict[str, float], task: Task | None) -> None:
-    for name, floor in budget.at_least.items():
-        if task is None or name not in task.metrics:
-            raise BudgetError(
-                f"{name}>={floor:g} in the budget names no metric of the task; it has "
-                f"{list(task.metrics) if task else []}"
-            )
-        higher = task.metrics[name].higher_is_better
-        if (before[name] < floor) if higher else (before[name] > floor):
-            raise BudgetError(
-                f"{name}>={floor:g} is out of reach: the original model itself has "
-                f"{before[name]:.4g}; "
-                "ask for less than that"
-            )
+    known = task.metrics if task else {}
+    for sign, bounds in ((">=", budget.at_least), ("<=", budget.at_most)):
+        for name, bound in bounds.items():
+            asked = f"{name}{sign}{bound:g} in the budget"
+            if name not in known:
+                raise BudgetError(f"{asked} names no metric of the task; it has {list(known)}")
+            if known[name].higher_is_better != (sign == ">="):
+                better, other = ("high", ">=") if sign == "<=" else ("low", "<=")
+                raise BudgetError(
+                    f"{asked} asks for a worse model, since {name} should be {better}; write "
+                    f"{name}{other}{bound:g}"
+                )
+            if not quality_kept(known[name], before[name], bound):
+                raise BudgetError(
+                    f"{asked} is out of reach: the original model itself has {before[name]:.4g}; "
+                    "ask for less than that"
+                )
 
 
 def _default_folder(model: nn.Module, job: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from tersor.plan.allocate import allocate
 from tersor.plan.budget import Budget
 from tersor.plan.choices import recipe_for
 from tersor.plan.trial import Bench, Point
-from tersor.task import Task
+from tersor.task import Metric, Task
 
 # The final file differs from its trial in the digits of the metrics it carries.
 _MARGIN = 96
@@ -74,7 +74,7 @@ def smallest(bench: Bench) -> Point:
     low = float(sum(min(size for size, _ in choices) for choices in options))
     high = float(sum(choices[0][0] for choices in options))
     best: Point | None = None
-    if not (bench.budget.drop or bench.budget.at_least):
+    if not bench.budget.limits_quality:
         # Neither a size nor a quality limit: the others do not depend on how weights are stored.
         return bench.judge(propose(bench, int(_lossless_like(options))))
     nearest: Point | None = None
@@ -150,20 +150,26 @@ def shortfalls(
     if task is None or not metrics:
         return ""
     said = []
-    for name, floor in quality_limits(before, budget, task).items():
-        higher = task.metrics[name].higher_is_better
-        if (metrics[name] < floor) if higher else (metrics[name] > floor):
+    for name, bound in quality_limits(before, budget, task).items():
+        metric = task.metrics[name]
+        if not quality_kept(metric, metrics[name], bound):
+            side = "at least" if metric.higher_is_better else "at most"
             said.append(
-                f"{name} is {metrics[name]:.4g} and must be {'at least' if higher else 'at most'} "
-                f"{floor:.4g} "
+                f"{name} is {metrics[name]:.4g} and must be {side} {bound:.4g} "
                 f"(it was {before[name]:.4g})"
             )
     return " and ".join(said)
 
 
+def quality_kept(metric: Metric, value: float, bound: float) -> bool:
+    """True where a metric is on the right side of its bound, or on it but for rounding."""
+    margin = 1e-9 * max(1.0, abs(bound))
+    return value >= bound - margin if metric.higher_is_better else value <= bound + margin
+
+
 def quality_limits(before: dict[str, float], budget: Budget, task: Task) -> dict[str, float]:
     """The value that each limited metric must keep."""
-    limits = dict(budget.at_least)
+    limits = {**budget.at_least, **budget.at_most}
     if budget.drop is not None:
         name = next(iter(task.metrics))
         sign = -1 if task.metrics[name].higher_is_better else 1

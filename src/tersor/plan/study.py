@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from tersor.codec import coded_bytes
 from tersor.errors import ModelError
 from tersor.forms.form import Form
-from tersor.measure import macs, probing, safetensors_bytes
+from tersor.measure import batch_of, evaluating, macs, probing, safetensors_bytes
 from tersor.plan.choices import Choice, choices_for, form_for
 from tersor.plan.journal import Journal, model_hash
 from tersor.plan.progress import Bar
@@ -41,7 +40,7 @@ class Study:
     """What is known of a model.
 
     sizes, losses: for each weight, one entry a choice
-    size_before: bytes of the float32 safetensors file
+    size_before: bytes of the model's safetensors file
     before: metric -> value of the original
     """
 
@@ -53,7 +52,7 @@ class Study:
     sites: list[Site]
     choices: list[list[Choice]]
     size_before: int
-    macs: dict[str, int] = field(default_factory=dict)
+    macs_per_sample: int = 0
     sizes: list[list[int]] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
@@ -96,8 +95,9 @@ def study(model: nn.Module, task: Task | None, example: Any, journal: Journal) -
     else:
         found.notes.extend(task.notes)
     if example is not None:
-        found.macs = journal.recall(
-            {"what": "macs", **found.key}, lambda: dict(macs(model, example).by_layer)
+        found.macs_per_sample = journal.recall(
+            {"what": "macs per sample", **found.key},
+            lambda: macs(model, example).total // batch_of(example),
         )
     return found
 
@@ -151,25 +151,8 @@ def _samples(found: Study) -> int:
     if found.task is None:
         return 0
     batch = found.task.example()
-    samples = batch_size(batch)
-    with torch.inference_mode():
-        outputs = found.task.predict(found.model, batch).numel() / samples
+    with evaluating(found.model):
+        outputs = found.task.predict(found.model, batch).numel() / batch_of(batch)
     runs = max(1, sum(len(choices) for choices in found.choices))
-    affordable = _WORK / (max(1, sum(found.macs.values())) / samples * runs)
+    affordable = _WORK / (max(1, found.macs_per_sample) * runs)
     return int(max(1, min(_MOST, max(_FEWEST, affordable), _KEPT / max(1, outputs))))
-
-
-def batch_size(inputs: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor."""
-    if isinstance(inputs, torch.Tensor):
-        return max(1, inputs.shape[0]) if inputs.dim() else 1
-    values = (
-        inputs.values()
-        if isinstance(inputs, dict)
-        else inputs
-        if isinstance(inputs, tuple | list)
-        else ()
-    )
-    return next(
-        (batch_size(v) for v in values if isinstance(v, torch.Tensor | dict | tuple | list)), 1
-    )
