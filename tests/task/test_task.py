@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tersor.errors import OptionError, TaskError
-from tersor.task import classification, evaluating, regression
+from tersor.task import classification, evaluation_mode, regression
 
 
 def points(rows=100, seed=0):
@@ -212,7 +212,7 @@ def test_evaluation_leaves_the_modes_of_the_model_alone():
     net[1].eval()
     assert classification(points()).evaluate(net)["accuracy"] == 100
     assert (net.training, net[0].training, net[1].training) == (True, True, False)
-    with evaluating(net):
+    with evaluation_mode(net):
         assert not net.training
         assert not torch.is_grad_enabled()
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.errors import ModelError, OptionError
 from tersor.surgery.hold import decoded
+from tersor.task import evaluation_mode
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Runner = Callable[[], object]
@@ -33,16 +34,9 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode, each form decoded once, no gradients; the training flags come back after."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # Not inference mode: a model may keep tensors of this pass, and train on them later.
-        with decoded(model), torch.no_grad():
-            yield model
-    finally:
-        for module, training in flags:
-            module.training = training
+    """Evaluation mode, no gradients, and each form decoded once."""
+    with evaluation_mode(model), decoded(model):
+        yield model
 
 
 @contextmanager

@@ -21,8 +21,11 @@ GROUP = 32
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the model is in evaluation mode and records no gradients."""
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block the model is in evaluation mode and records no gradients.
+
+    Each module's own mode comes back after. `measure.evaluating` also decodes forms just once.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -155,7 +155,7 @@ class Task:
         if on not in ("test", "train"):
             raise OptionError(f'on={on!r} has no labels; use "test" or "train"')
         found: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
-        with kinds.evaluating(model):
+        with kinds.evaluation_mode(model):
             for inputs, targets in self._labelled(on):
                 outputs = self.predict(model, inputs).cpu()
                 rows = self.targets(inputs, targets)
