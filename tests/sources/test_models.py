@@ -93,6 +93,8 @@ def test_a_tersor_file_opens_without_code(folder):
     assert opened.name == "small"
     assert torch.allclose(opened.model(X), small(X), rtol=1e-6, atol=1e-6)
     assert {name for name, _ in held(opened.model)} == {"0.weight", "3.weight"}
+    assert opened.made_up
+    assert [tuple(x.shape) for x in opened.example.values()] == [(2, 3, 8, 8)]
 
 
 def test_a_tersor_file_without_graph_asks_for_the_code(folder):

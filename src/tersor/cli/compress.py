@@ -38,7 +38,7 @@ def compress(
     Without --data the choices are blind to what the model answers, and nothing is proven.
     """
     from tersor.cli.job import Job, read_job, read_recipe
-    from tersor.cli.opening import opened
+    from tersor.cli.opening import example_for, opened
     from tersor.plan import Budget
     from tersor.plan import compress as run
     from tersor.report import finish
@@ -52,13 +52,14 @@ def compress(
     limits = Budget.of(job.budget)
     steps = read_recipe(Path(job.recipe)) if isinstance(job.recipe, str) else job.recipe
     source, task = opened(job.model, job.data)
+    example, notes = example_for(source, None) if task is None else (None, [])
     try:
         result = run(
             source.model,
             task,
             limits,
             run=job.out,
-            example=source.example if task is None else None,
+            example=example,
             recipe=steps,
             seed=job.seed,
         )
@@ -69,6 +70,7 @@ def compress(
             "to go on from there"
         ) from None
     report = {**result.report, "command": command(job, budget=str(limits))}
+    report["notes"] = [*report["notes"], *notes]
     report["model"] = {**report["model"], "name": source.name}
     finish(report, result.folder, task)
     report["files"] = {

@@ -35,7 +35,9 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `model` to `path` as one file, whole or not at all. Equal models give equal bytes.
+    """Writes `model` to `path` as one file, whole or not at all.
+
+    Equal models, traced at equal sizes, give equal bytes.
 
     example: inputs to trace the forward pass with: a tensor, a tuple, a dict, or (args, kwargs).
         With them the file can be loaded without the model's code

@@ -140,10 +140,10 @@ def _converted(exported: ExportedProgram, call: Call, inputs: int) -> Program:
             raise Untraceable(f"it uses {target}, a {spec.kind.name.lower()} that is no tensor")
     leaves = writer.walk(exported.graph_module, given)
     constants = {f"constant_{i}": tensors[t] for i, t in enumerate(writer.fetched[CONSTANT])}
-    sizes = Sizes(exported, call)
+    sizes = Sizes(exported, call, dtype)
     return Program(
         inputs=sizes.inputs,
-        sizes=sizes.bounds,
+        sizes=tuple(sizes.spans),
         weights=tuple(writer.fetched[WEIGHT]),
         constant_names=tuple(constants),
         nodes=tuple(writer.nodes),

@@ -202,7 +202,11 @@ def export_view(found: Data) -> RenderableType:
         if found.get(key):
             said.append(f"largest relative difference {found[key]['relative']:.1e} ({words})")
     head = ["weight", "shape", "stored as", "bytes", ""]
-    return Group(Text("; ".join(said), style="green"), grid(head, rows, numeric={3}))
+    return Group(
+        Text("; ".join(said), style="green"),
+        grid(head, rows, numeric={3}),
+        *notes_view(found.get("notes") or []),
+    )
 
 
 def of_method(name: str, function: Callable[..., Any]) -> Data:

@@ -29,12 +29,14 @@ class Opened:
     name: what reports call it
     example: inputs to trace it with, where the source has any
     folder: where its tokenizer lies, for models of a Hugging Face folder
+    made_up: True where `example` has the right types and sizes, but values that mean nothing
     """
 
     model: nn.Module
     name: str
     example: Any = None
     folder: Path | None = None
+    made_up: bool = False
 
 
 def open_model(spec: str, *, like: nn.Module | None = None) -> Opened:
@@ -88,11 +90,18 @@ def _from_code(spec: str) -> Opened:
 
 
 def _from_tersor(path: Path, like: nn.Module | None) -> Opened:
+    import torch
+
     from tersor.codec import load, read_header
+    from tersor.program import Interpreted, example_of
 
     header = read_header(path)
     if header.program_bytes:
-        return Opened(load(path), path.stem)
+        model = load(path)
+        example = None
+        if isinstance(model, Interpreted):
+            example = example_of(model.program, torch.Generator().manual_seed(0))
+        return Opened(model, path.stem, example=example, made_up=example is not None)
     if like is None:
         raise ModelError(
             f"{path} holds weights without a graph, so the network's code is needed; name it with "
