@@ -26,8 +26,11 @@ def opened(
 
 
 def example_for(source: "Opened", task: "Task | None") -> tuple[Any, list[str]]:
-    """Inputs to run the model with, None where there are none, and what must be said of them."""
-    from tersor.measure.running import call, evaluating
+    """Inputs to run the model with, None where there are none, and what must be said of them.
+
+    Made-up inputs are tried first, for the values of integers may matter: "index out of range".
+    """
+    from tersor.measure import evaluating
 
     if task is not None:
         return task.example(), []
@@ -35,7 +38,7 @@ def example_for(source: "Opened", task: "Task | None") -> tuple[Any, list[str]]:
         return source.example, []
     try:
         with evaluating(source.model):
-            call(source.model, source.example)
-    except Exception as error:  # whatever torch raises for an index that a table does not have
+            source.model(**source.example)
+    except Exception as error:
         return None, [f"The network does not run on made-up inputs: {error}"]
     return source.example, [MADE_UP]
