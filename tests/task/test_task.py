@@ -354,6 +354,12 @@ def test_outputs_of_the_wrong_shape_are_refused():
     flat, task = Answers(lambda z: z.flatten()), classification((X, Y))
     with pytest.raises(TaskError, match=r"outputs of shape \(20,\) for 10 samples"):
         task.evaluate(flat)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_model_in_another_precision_is_told_the_way_out(dtype):
+    with pytest.raises(TaskError, match=r"float32: call model.float\(\) first"):
+        classification((X, Y)).evaluate(sides().to(dtype))
+
+
     with pytest.raises(TaskError, match="the model gives a str"):
         task.evaluate(Answers(lambda z: "yes"))
     with pytest.raises(TaskError, match=r"2 values .* targets have shape \(10, 1\)"):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tersor.forms.form import Form
 from tersor.measure.figures import Figures
-from tersor.measure.running import Inputs, Watching, batch_of, call, evaluating, tensors_in, unfused
+from tersor.measure.running import Inputs, Watching, batch_of, evaluating, tensors_in, unfused
+from tersor.task import call
 
 
 @dataclass(frozen=True)

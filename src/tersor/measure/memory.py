@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tersor.measure.figures import Figures
-from tersor.measure.running import Inputs, Watching, call, evaluating, tensors_in
+from tersor.measure.running import Inputs, Watching, evaluating, tensors_in
 from tersor.measure.size import stored_tensors
 from tersor.surgery.hold import held
+from tersor.task import call
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.errors import ModelError, OptionError
 from tersor.surgery.hold import decoded
-from tersor.task import evaluation_mode
+from tersor.task import call, evaluation_mode
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Runner = Callable[[], object]
@@ -70,13 +70,6 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    """model(x), model(*tuple) or model(**dict)."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def batch_of(inputs: Any) -> int:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tersor.errors import ModelError, OptionError
@@ -179,9 +180,14 @@ def _select(sites: list[tuple[Site, set[str]]], patterns: Patterns, option: str)
 def check_finite(model: nn.Module) -> None:
     """Raises ModelError naming the first parameter with NaN or infinity, or buffer with NaN.
 
-    A buffer may hold infinities: attention masks do.
+    So it does for one without values, still to come. A buffer may hold infinities: masks do.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ModelError(
+                f'"{name}" has no values yet; run the network once if its layers are lazy, and '
+                "load its weights if it was built on the meta device"
+            )
         if not tensor.is_floating_point():
             continue
         # Float8 knows neither test.
@@ -189,6 +195,7 @@ def check_finite(model: nn.Module) -> None:
         bad = wide.isfinite().logical_not() if isinstance(tensor, nn.Parameter) else wide.isnan()
         if bool(bad.any()):
             raise ModelError(
-                f'"{name}" of shape {tuple(tensor.shape)} holds {int(bad.sum())} values that are '
-                "NaN or infinite; load a checkpoint that trained cleanly"
+                f'"{name}" of shape {tuple(tensor.shape)} holds NaN or infinity in '
+                f"{int(bad.sum())} of its {tensor.numel()} values; load a checkpoint that trained "
+                "cleanly"
             )

@@ -99,6 +99,7 @@ def described(inputs: Inputs) -> str:
         f"{name} " * bool(name) + f"shape {tuple(t.shape)}, {str(t.dtype).removeprefix('torch.')}"
         for name, t in tensors_of(inputs).items()
     ]
+        if isinstance(t, Tensor)
     return "; ".join(parts)
 
 

@@ -58,8 +58,15 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TaskError(
             f"the model does not accept this data: inputs of {described(inputs)}; torch says: "
-            f"{first}. Give it data as it was trained on"
+            f"{first}. {_way_out(model, first)}"
         ) from error
+
+
+def _way_out(model: nn.Module, said: str) -> str:
+    kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
+    if "dtype" in said and kinds & {"float64", "float16", "bfloat16"}:
+        return "Numbers from a task are float32: call model.float() first"
+    return "Give it data as it was trained on"
 
 
 def tensor_in(answer: Any, *names: str) -> Tensor:
