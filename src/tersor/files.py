@@ -41,6 +41,11 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
+def drafts(folder: Path) -> list[Path]:
+    """What `whole` left in a folder because the program was killed in the middle."""
+    return sorted(folder.glob(".*.part"))
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Writes UTF-8 text, whole or not at all. Raises OutputError."""
     with whole(path) as draft:

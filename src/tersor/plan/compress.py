@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from tersor.errors import BudgetError, CompressError, TaskError
 from tersor.measure import quality
 from tersor.plan.budget import Budget
 from tersor.plan.folder import RunFolder, open_folder
-from tersor.plan.journal import model_hash
+from tersor.plan.journal import Journal, model_hash
 from tersor.plan.progress import Bar
 from tersor.plan.search import quality_kept, search, shortfalls
 from tersor.plan.study import measure_choices, study
@@ -107,7 +108,7 @@ def _bench(
     example: Any,
     budget: Budget,
     folder: RunFolder,
-    journal: Any,
+    journal: Journal,
     seed: int,
     bar: Bar,
 ) -> Bench:
@@ -159,8 +160,7 @@ def _given(bench: Bench, recipe: list[dict[str, Any]]) -> Point:
     if short:
         raise BudgetError(
             f"the given recipe does not meet the budget {bench.budget}: {short}; leave the recipe "
-            "out to "
-            "have one searched for, or relax the limit"
+            "out to have one searched for, or relax the limit"
         )
     return point
 
@@ -201,7 +201,5 @@ def _check_metrics(budget: Budget, before: dict[str, float], task: Task | None) 
 
 
 def _default_folder(model: nn.Module, job: dict[str, Any]) -> Path:
-    import hashlib
-
     digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
     return Path("runs") / f"{type(model).__name__.lower()}-{digest[:8]}"

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tersor.errors import OptionError, OutputError
-from tersor.files import write_text
+from tersor.files import drafts, write_text
 from tersor.plan.journal import Journal
 
 
@@ -39,7 +39,7 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Removes trials, and what a killed run may have left half-written."""
-        for leftover in (*self.path.glob("trial-*.tersor"), *self.path.glob(".*")):
+        for leftover in (*self.path.glob("trial-*.tersor"), *drafts(self.path)):
             leftover.unlink(missing_ok=True)
 
 
@@ -58,7 +58,7 @@ def open_folder(path: str | Path, job: dict[str, Any]) -> tuple[RunFolder, Journ
         ) from error
     if folder.job.exists():
         _check_same(folder, job)
-    elif any(entry.name != "journal.sqlite" for entry in folder.path.iterdir()):
+    elif {*folder.path.iterdir()} - {*drafts(folder.path)}:
         raise OptionError(
             f"the folder {folder.path} holds other files and no run; choose an empty or new one"
         )
@@ -82,6 +82,5 @@ def _check_same(folder: RunFolder, job: dict[str, Any]) -> None:
         )
         raise OptionError(
             f"the folder {folder.path} belongs to another run ({', '.join(differs)} differ); "
-            "nothing in "
-            "it was changed: choose another folder"
+            "nothing in it was changed: choose another folder"
         )
