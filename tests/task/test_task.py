@@ -258,6 +258,12 @@ def test_regression_divergence_is_relative_to_the_spread_of_the_reference():
 # Fingerprints
 
 
+def test_a_split_without_samples_has_no_batches():
+    task = classification(calibration=points()[0][:1])
+    assert task.holdout() == []
+    assert [len(batch) for batch in task.calibration()] == [1]
+
+
 def test_fingerprints_tell_data_and_settings_apart():
     x, y = points()
     same = classification((x, y)).fingerprint()
@@ -271,6 +277,15 @@ def test_fingerprints_tell_data_and_settings_apart():
         classification((x, y), classes=["left", "right"]),
     ]
     assert len({same, *(task.fingerprint() for task in others)}) == 5
+
+
+def test_fingerprints_tell_which_inputs_are_held_out():
+    x, y = points()
+    prints = {
+        classification((x, y), calibration=x[:some], holdout=x[some:other]).fingerprint()
+        for some, other in ((40, 60), (40, 61), (50, 60))
+    }
+    assert len(prints) == 3
 
 
 def test_fingerprints_agree_between_processes():
@@ -345,6 +360,12 @@ def test_a_model_that_does_not_fit_the_data_is_refused_with_both_named(data, mes
         task.evaluate(sides())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_model_in_another_precision_is_told_the_way_out(dtype):
+    with pytest.raises(TaskError, match=r"float32: call model.float\(\) first"):
+        classification((X, Y)).evaluate(sides().to(dtype))
+
+
 def test_labels_beyond_the_models_classes_are_refused():
     with pytest.raises(TaskError, match="labels reach 12 but the model gives 2 classes"):
         classification((X, Y + 11)).evaluate(sides())
@@ -354,12 +375,6 @@ def test_outputs_of_the_wrong_shape_are_refused():
     flat, task = Answers(lambda z: z.flatten()), classification((X, Y))
     with pytest.raises(TaskError, match=r"outputs of shape \(20,\) for 10 samples"):
         task.evaluate(flat)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_a_model_in_another_precision_is_told_the_way_out(dtype):
-    with pytest.raises(TaskError, match=r"float32: call model.float\(\) first"):
-        classification((X, Y)).evaluate(sides().to(dtype))
-
-
     with pytest.raises(TaskError, match="the model gives a str"):
         task.evaluate(Answers(lambda z: "yes"))
     with pytest.raises(TaskError, match=r"2 values .* targets have shape \(10, 1\)"):

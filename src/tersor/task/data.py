@@ -30,8 +30,9 @@ class Rows:
         order = torch.arange(self.count)
         if generator is not None:
             order = torch.randperm(self.count, generator=generator)
-        for positions in torch.split(order, self.batch_size):
-            yield self.gather(positions)
+        # Not torch.split, which gives one empty batch where there are no samples.
+        for start in range(0, self.count, self.batch_size):
+            yield self.gather(order[start : start + self.batch_size])
 
     def take(self, positions: Tensor) -> Rows:
         """Only the samples at `positions`."""
@@ -98,8 +99,8 @@ def described(inputs: Inputs) -> str:
     parts = [
         f"{name} " * bool(name) + f"shape {tuple(t.shape)}, {str(t.dtype).removeprefix('torch.')}"
         for name, t in tensors_of(inputs).items()
-    ]
         if isinstance(t, Tensor)
+    ]
     return "; ".join(parts)
 
 

@@ -164,13 +164,15 @@ class Task:
         return {name: m.reduce(torch.cat(found[name])) for name, m in self.metrics.items()}
 
     def fingerprint(self) -> str:
-        """sha256 of the calibration inputs, the test data and the settings: a key for caches."""
+        """sha256 of the unlabelled inputs, the test data and the settings: a key for caches."""
         if self._fingerprint is None:
             digest = hashlib.sha256()
             settings = [self.kind, list(self.metrics), self.classes, self._pooling]
             digest.update(json.dumps([*settings, self._score_range]).encode())
-            for inputs in self.calibration():
-                _hash(digest, inputs)
+            for name in ("calibration", "holdout"):
+                digest.update(name.encode())
+                for inputs in self._unlabelled(name, None):
+                    _hash(digest, inputs)
             if self.has_test:
                 for inputs, targets in self.test():
                     _hash(digest, inputs)
