@@ -1,5 +1,6 @@
 """compress(): budgets met on the written file, refused with figures, resumed after a kill."""
 
+import importlib.util
 import json
 import os
 import re
@@ -16,7 +17,9 @@ from tersor.codec import load
 from tersor.errors import BudgetError, ModelError, OptionError, OutputError, TaskError
 from tersor.measure import quality, safetensors_bytes
 from tersor.plan import compress
+from tersor.plan import search as search_module
 from tersor.plan import study as study_module
+from tersor.plan.journal import model_hash
 from tersor.task import classification
 
 
@@ -143,6 +146,92 @@ def test_a_folder_with_other_files_is_refused(trained, task, tmp_path):
     with pytest.raises(OptionError, match="holds other files and no run"):
         compress(trained, task, "size=0.6x", run=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+def test_what_a_kill_left_half_written_is_no_obstacle_and_goes(trained, task, tmp_path):
+    for name in (".job.yaml.0011aabb.part", ".model.tersor.0011aabb.part"):
+        (tmp_path / name).write_text("half")
+    compress(trained, task, "size=0.6x", run=tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".git").mkdir()
+    compress(trained, task, "size=0.6x", run=tmp_path)
+    assert (tmp_path / ".git").is_dir()
+
+
+def test_a_damaged_journal_is_refused(trained, task, tmp_path):
+    compress(trained, task, "size=0.6x", run=tmp_path)
+    (tmp_path / "journal.sqlite").write_bytes(b"SQLite format 3\0" + bytes(4096))
+    with pytest.raises(OutputError, match=r"journal of a run.* choose another folder"):
+        compress(trained, task, "size=0.6x", run=tmp_path)
+
+
+def test_a_model_whose_code_was_changed_is_another_model(tmp_path):
+    hashes = set()
+    for number, function in enumerate(("relu", "relu", "tanh")):
+        file = tmp_path / f"net{number}.py"
+        file.write_text(
+            "import torch\nclass Net(torch.nn.Linear):\n    def forward(self, x):\n"
+            f"        return torch.{function}(super().forward(x))\n"
+        )
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
+        torch.manual_seed(0)
+        hashes.add(model_hash(module.Net(4, 2)))
+    assert len(hashes) == 2
+
+
+def test_without_inputs_kept_apart_batch_norms_stay_and_a_note_says_so(trained, tmp_path):
+    single = classification(calibration=blobs(1, 1)[0])
+    result = compress(trained, single, "size=0.6x", run=tmp_path / "run")
+    assert any("statistics were not corrected" in note for note in result.report["notes"])
+    assert "recover.batchnorm" not in [step["method"] for step in result.report["recipe"]]
+
+
+def test_choices_that_break_the_network_are_left_out_and_counted(
+    trained, task, tmp_path, monkeypatch
+):
+    real = study_module._measure
+
+    def breaking(site, choice, probe):
+        size, loss = real(site, choice, probe)
+        return [size, float("inf") if choice.label == "int4" else loss]
+
+    monkeypatch.setattr(study_module, "_measure", breaking)
+    report = compress(trained, task, "size=0.5x", run=tmp_path / "run").report
+    assert any(re.match(r"1 of \d+ choices made an output infinite", n) for n in report["notes"])
+    assert "int4" not in {row["option"] for row in report["sensitivity"]}
+    everything = [9, float("inf")]
+    monkeypatch.setattr(
+        study_module, "_measure", lambda site, choice, _: everything if choice.steps else [9, 0.0]
+    )
+    with pytest.raises(ModelError, match="infinite or NaN outputs whichever weight"):
+        compress(trained, task, "size=0.5x", run=tmp_path / "other")
+
+
+def test_a_note_of_the_task_that_came_later_is_in_the_report(trained, tmp_path):
+    task = classification(train=blobs(64, 1), test=blobs(64, 2))
+    model = nn.Sequential(trained, nn.Softmax(1))
+    report = compress(model, task, "size=0.6x", run=tmp_path / "run").report
+    assert any("the model gives probabilities" in note for note in report["notes"])
+
+
+def test_a_smaller_file_that_keeps_the_quality_is_taken(trained, task, tmp_path, monkeypatch):
+    real = search_module.shortfalls
+    monkeypatch.setattr(
+        search_module, "fit", lambda bench, limit: search_module.propose(bench, limit - 96)
+    )
+    seen = []
+
+    def noisy(metrics, *rest):
+        seen.append(metrics)
+        return "unlucky" if len(seen) == 1 else real(metrics, *rest)
+
+    monkeypatch.setattr(search_module, "shortfalls", noisy)
+    result = compress(trained, task, "size=0.9x, drop=20", run=tmp_path / "run")
+    assert result.report["met"]
+    assert result.path.stat().st_size < 0.4 * safetensors_bytes(trained)
 
 
 def test_a_size_out_of_reach_says_what_is_reachable(trained, task, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import ceil, exp, log
 
 import numpy as np
-from torch import nn
 
 from tersor.errors import BudgetError
 from tersor.plan.allocate import allocate
@@ -26,14 +25,12 @@ def search(bench: Bench) -> Point:
     With a size limit the bytes are spent on quality; with only quality limits the file is made as
     small as they allow. Raises BudgetError with how near it came and which limit binds.
     """
-    limit = bench.budget.size
-    if limit is None:
+    if bench.budget.size is None:
         return smallest(bench)
-    point = bench.judge(fit(bench, int(limit.resolve(bench.study.size_before))))
+    limit = int(bench.budget.size.resolve(bench.study.size_before))
+    point = bench.judge(fit(bench, limit))
     short = shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
-    if short:
-        raise BudgetError(_both(bench, point, short))
-    return point
+    return _otherwise(bench, point, short, limit) if short else point
 
 
 def fit(bench: Bench, limit: int) -> Point:
@@ -113,7 +110,7 @@ def propose(bench: Bench, payload: int) -> Point:
         for site, choices, t in zip(bench.study.sites, bench.study.choices, taken, strict=True)
     ]
     recipe = recipe_for(picked)
-    if recipe and _recoverable(bench.study.model, bench.study.task):
+    if recipe and bench.study.corrects_norms:
         recipe.append({"method": "recover.batchnorm", "options": {}})
     loss = sum(choices[t][1] for choices, t in zip(options, taken, strict=True))
     return bench.size(recipe, loss, {site.name: choice.label for site, choice in picked})
@@ -179,29 +176,31 @@ def quality_limits(before: dict[str, float], budget: Budget, task: Task) -> dict
     return limits
 
 
-def _both(bench: Bench, point: Point, short: str) -> str:
-    """How near it came, and the size at which quality would do."""
+def _otherwise(bench: Bench, point: Point, short: str, limit: int) -> Point:
+    """The smallest file that keeps the quality, if that fits after all.
+
+    Metrics on few samples are noisy: a plan of more loss now and then keeps what one of less lost.
+    Raises BudgetError saying how near both came.
+    """
     said = f"at {point.bytes:,} bytes ({point.bytes / bench.study.size_before:.3f}x) {short}"
     try:
-        enough = smallest(bench).bytes
-    except BudgetError:
-        return f"{said}; no size met the quality limits, so they bind: relax them"
-    return (
+        enough = smallest(bench)
+    except BudgetError as error:
+        raise BudgetError(
+            f"{said}; no size met the quality limits, so they bind: relax them"
+        ) from error
+    if enough.bytes + _MARGIN <= limit:
+        return enough
+    raise BudgetError(
         f"{said}; the size limit binds: the smallest file found that keeps the quality has "
-        f"{enough:,} bytes: ask for {_asking(bench, enough + _MARGIN)} or relax the quality limit"
+        f"{enough.bytes:,} bytes: ask for {_asking(bench, enough.bytes + _MARGIN)} or relax the "
+        "quality limit"
     )
 
 
 def _asking(bench: Bench, size: int) -> str:
     # One thousandth above: the budget's own text is in the file, and may be longer then.
     return f"size={(ceil(1000 * size / bench.study.size_before) + 1) / 1000:.3f}x"
-
-
-def _recoverable(model: nn.Module, task: Task | None) -> bool:
-    return task is not None and any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-        for m in model.modules()
-    )
 
 
 def _lossless_like(options: list[list[tuple[int, float]]]) -> float:

@@ -14,6 +14,7 @@ from functools import cache, partial
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.codec import coded_bytes
 from tersor.errors import ModelError
@@ -39,7 +40,9 @@ _KEPT = 64 * 2**20
 class Study:
     """What is known of a model.
 
+    choices: for each weight; those that break the network are dropped when they are measured
     sizes, losses: for each weight, one entry a choice
+    corrects_norms: whether there are statistics to correct, and held-out inputs to judge that on
     size_before: bytes of the model's safetensors file
     before: metric -> value of the original
     """
@@ -57,6 +60,7 @@ class Study:
     losses: list[list[float]] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    corrects_norms: bool = False
 
     @property
     def key(self) -> dict[str, Any]:
@@ -84,16 +88,21 @@ def study(model: nn.Module, task: Task | None, example: Any, journal: Journal) -
         [choices_for(s) for s in sites],
         safetensors_bytes(model),
     )
+    norms = any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())
     if task is None:
         found.notes.append(
             "No data was given: the choices were weighed by the error of the weights alone, "
-            "nothing about the "
-            "model's answers was measured, and batch-norm statistics were not corrected. Give data "
-            "to have the "
-            "bytes spent where the answers need them and the result proven."
+            "nothing about the model's answers was measured, and batch-norm statistics were not "
+            "corrected. Give data to have the bytes spent where the answers need them and the "
+            "result proven."
         )
     else:
-        found.notes.extend(task.notes)
+        found.corrects_norms = norms and bool(task.holdout(1))
+        if norms and not found.corrects_norms:
+            found.notes.append(
+                "Batch-norm statistics were not corrected, because the task keeps no inputs apart "
+                "to judge that on: give more samples, or holdout=."
+            )
     if example is not None:
         found.macs_per_sample = journal.recall(
             {"what": "macs per sample", **found.key},
@@ -103,12 +112,16 @@ def study(model: nn.Module, task: Task | None, example: Any, journal: Journal) -
 
 
 def measure_choices(found: Study, bar: Bar) -> None:
-    """Fills `sizes` and `losses`, each from the journal where it was measured before."""
+    """Fills `sizes` and `losses`, each from the journal where it was measured before.
+
+    A choice that makes an output infinite or NaN is dropped, which the notes count.
+    """
+    tried = sum(len(choices) for choices in found.choices)
     samples = _samples(found)
     with ExitStack() as stack:
         # Only a measurement that is really missing pays for the passes of the original model.
         probe = cache(lambda: stack.enter_context(_probe(found, samples)))
-        for site, choices in zip(found.sites, found.choices, strict=True):
+        for place, (site, choices) in enumerate(zip(found.sites, found.choices, strict=True)):
             bar.doing(f"measuring {site.name}")
             rows = []
             for choice in choices:
@@ -117,19 +130,26 @@ def measure_choices(found: Study, bar: Bar) -> None:
                 measure = partial(_measure, site, choice, probe)
                 rows.append(found.journal.recall({**what, "steps": steps}, measure))
                 bar.advance()
-            found.sizes.append([int(size) for size, _ in rows])
-            found.losses.append([float(loss) for _, loss in rows])
+            usable = [at for at, (_, loss) in enumerate(rows) if loss < float("inf")]
+            found.choices[place] = [choices[at] for at in usable]
+            found.sizes.append([int(rows[at][0]) for at in usable])
+            found.losses.append([float(rows[at][1]) for at in usable])
+    left = sum(len(choices) for choices in found.choices)
+    if tried > left == len(found.sites):
+        raise ModelError(
+            f"{type(found.model).__name__} gives infinite or NaN outputs whichever weight is "
+            "stored another way; check its outputs for the calibration data"
+        )
+    if tried > left:
+        found.notes.append(
+            f"{tried - left} of {tried} choices made an output infinite or NaN and were left out."
+        )
 
 
 def _measure(site: Site, choice: Choice, probe: Callable[[], Loss]) -> list[float]:
     form = form_for(site, choice)
     size = coded_bytes(form)
     loss = probe()(site, form) if choice.steps else 0.0
-    if not loss < float("inf"):
-        raise ModelError(
-            f"with {site.name!r} stored as {choice.label} the model's outputs are not finite; "
-            "leave that layer out, or check the calibration data"
-        )
     return [size, max(0.0, loss)]
 
 

@@ -55,7 +55,8 @@ def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> di
         ],
         "points": _points(bench, point),
         "recipe": recipe_of(compressed).as_json(),
-        "notes": list(found.notes),
+        # The task adds notes of its own while it looks at the model's answers.
+        "notes": list(dict.fromkeys([*(found.task.notes if found.task else ()), *found.notes])),
         "environment": environment(),
     }
     if found.task is not None:
