@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from tersor.errors import ModelError
 from tersor.sources.code import made_by
-from tersor.surgery import held
+from tersor.surgery import check_finite, held
 
 KINDS = (
     "file.py:factory, package.module:factory, a Hugging Face folder, hub:org/name, .pt2, .tersor"
@@ -73,11 +74,17 @@ def _checked(opened: Opened, spec: str) -> Opened:
             f"{spec} gave {type(model).__name__}, not a torch.nn.Module; return the network "
             "itself, or (network, example inputs)"
         )
+    if any(isinstance(part, ScriptModule) for part in model.modules()):
+        raise ModelError(
+            f"{spec} gave a TorchScript module, whose layers cannot be changed; return the "
+            "torch.nn.Module that it was scripted from"
+        )
     if not any(True for _ in model.parameters()) and not any(True for _ in held(model)):
         raise ModelError(
             f"{spec} gave a {type(model).__name__} without parameters, so there is nothing to "
             "compress or measure; return the trained network itself"
         )
+    check_finite(model)
     return replace(opened, model=model.eval())
 
 
