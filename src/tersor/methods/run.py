@@ -45,7 +45,7 @@ def run(
         where = _where(number, steps)
         options = dict(step.options)
         if "original" in signature(function).parameters:
-            options["original"] = original or model
+            options["original"] = model if original is None else original
         try:
             out = function(out, task, **options)
         except CompressError as error:
