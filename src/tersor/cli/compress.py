@@ -37,8 +37,9 @@ def compress(
 
     Without --data the choices are blind to what the model answers, and nothing is proven.
     """
-    from tersor.cli.job import Job, read_job, read_recipe
+    from tersor.cli.job import Job, read_job
     from tersor.cli.opening import example_for, opened
+    from tersor.methods import read_recipe
     from tersor.plan import Budget
     from tersor.plan import compress as run
     from tersor.report import finish
@@ -50,7 +51,7 @@ def compress(
     named = read_job(Path(model)).model_dump() if is_job else {"model": model}
     job = Job(**{**named, **given})
     limits = Budget.of(job.budget)
-    steps = read_recipe(Path(job.recipe)) if isinstance(job.recipe, str) else job.recipe
+    steps = read_recipe(job.recipe) if isinstance(job.recipe, str) else job.recipe
     source, task = opened(job.model, job.data)
     example, notes = example_for(source, None) if task is None else (None, [])
     try:
