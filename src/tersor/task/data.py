@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from tersor.errors import OptionError, TaskError
 
+SPLITS = ("test", "train", "calibration", "holdout")
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Batch: TypeAlias = tuple[Inputs, Tensor | None]
 
@@ -64,6 +65,12 @@ class Fixed:
 
 
 Split: TypeAlias = Rows | Stream | Fixed
+
+
+def given(*sources: Any) -> dict[str, Any]:
+    """The sources of test, train, calibration and holdout by name, without those that are None."""
+    named = zip(SPLITS, sources, strict=True)
+    return {name: source for name, source in named if source is not None}
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
@@ -157,7 +164,7 @@ def finite(tensor: Tensor, where: str) -> None:
             )
 
 
-def whole(value: object, name: str) -> int:
+def check_count(value: object, name: str) -> int:
     """`value` when it is a whole number of at least 1. Raises OptionError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OptionError(f"{name}={value!r} must be a whole number of at least 1")
