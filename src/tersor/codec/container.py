@@ -23,7 +23,7 @@ import zstandard
 
 from tersor.codec.pack import Unreadable, expand
 from tersor.errors import FileError, OutputError
-from tersor.files import whole
+from tersor.files import atomic
 
 MAGIC = b"\x89TERSOR\n"
 FILE_VERSION = 0
@@ -201,7 +201,7 @@ def write(
     chunks: (what the table says first about a chunk, its streams), made one at a time
     check: is given the finished draft, and raises where it must not take the place of `path`
     """
-    with whole(path) as draft, tempfile.SpooledTemporaryFile(_SPOOL, dir=str(path.parent)) as body:
+    with atomic(path) as draft, tempfile.SpooledTemporaryFile(_SPOOL, dir=str(path.parent)) as body:
         table = [_append(body, about_it, streams) for about_it, streams in chunks]
         text = canonical(header | {"chunks": table})
         length = body.tell()
