@@ -21,9 +21,14 @@ def test_text_replaces_what_was_there_and_leaves_nothing_else(tmp_path):
 def test_a_block_that_is_left_early_changes_nothing(tmp_path, error):
     path = tmp_path / "model.tersor"
     path.write_text("old")
-    with pytest.raises(error), atomic(path) as draft:
-        draft.write_text("half of the n")
-        raise error
+
+    def stopped():
+        with atomic(path) as draft:
+            draft.write_text("half of the n")
+            raise error
+
+    with pytest.raises(error):
+        stopped()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
