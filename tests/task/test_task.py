@@ -177,6 +177,26 @@ def test_one_value_per_sample_is_the_logit_of_class_1(form):
     assert task.evaluate(Answers(form))["accuracy"] == 100
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_probabilities_of_any_precision_are_read_as_such(dtype):
+    class Soft(nn.Module):
+        def forward(self, x):
+            return x.softmax(1)
+
+    logits = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    task = classification(calibration=logits, batch_size=500)
+    said = task.predict(Soft(), logits).softmax(1)
+    assert (said - logits.float().softmax(1)).abs().max() < 0.01
+
+
+def test_a_lone_probability_is_noted_and_a_lone_logit_is_not():
+    x = torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    for layer, notes in ((nn.Identity(), 0), (nn.Sigmoid(), 1)):
+        task = classification(calibration=x)
+        task.predict(layer, x)
+        assert sum("one value from 0 to 1" in note for note in task.notes) == notes
+
+
 def test_probabilities_are_read_as_such_and_noted():
     task = classification(points())
     x, _ = next(task.test())

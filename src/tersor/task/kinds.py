@@ -18,6 +18,8 @@ Pooling: TypeAlias = Literal["mean", "cls"] | None
 
 # Rows of like length that run together; more waste padding, fewer waste the processor.
 GROUP = 32
+# So many logits do not all lie between 0 and 1 by chance.
+MANY = 16
 
 
 @contextmanager
@@ -104,8 +106,19 @@ def logits(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """True where each row is non-negative and sums to 1, as logits never are."""
-    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all())
+    """True where each row is non-negative and sums to 1 within its type's precision.
+
+    Logits never do.
+    """
+    rounding = max(1e-3, torch.finfo(outputs.dtype).eps if outputs.is_floating_point() else 0)
+    apart = (outputs.float().sum(1) - 1).abs()
+    return bool((outputs >= 0).all()) and bool((apart < rounding).all())
+
+
+def is_one_share(outputs: Tensor) -> bool:
+    """True where the logit of class 1 stands alone and lies in 0..1 for every row of many."""
+    alone = outputs.shape[1] == 2 and not bool(outputs[:, 0].any())
+    return alone and len(outputs) >= MANY and bool(((outputs >= 0) & (outputs <= 1)).all())
 
 
 def values(model: nn.Module, inputs: Inputs) -> Tensor:
