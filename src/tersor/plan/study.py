@@ -34,6 +34,8 @@ _WORK = 2e12
 _FEWEST, _MOST = 32, 256
 # Elements of the original's outputs that are kept for comparison (a language model has many each).
 _KEPT = 64 * 2**20
+# Decisions that settle a mean: one sample of a language model makes hundreds of them.
+_DECISIONS = 4096
 
 
 @dataclass
@@ -172,7 +174,9 @@ def _samples(found: Study) -> int:
         return 0
     batch = found.task.example()
     with evaluating(found.model):
-        outputs = found.task.predict(found.model, batch).numel() / batch_of(batch)
+        outputs = found.task.predict(found.model, batch)
+        rows, kept = len(outputs) / batch_of(batch), outputs.numel() / batch_of(batch)
     runs = max(1, sum(len(choices) for choices in found.choices))
     affordable = _WORK / (max(1, found.macs_per_sample) * runs)
-    return int(max(1, min(_MOST, max(_FEWEST, affordable), _KEPT / max(1, outputs))))
+    most = min(_MOST, _KEPT / max(1, kept), _DECISIONS / max(1, rows))
+    return int(max(1, min(most, max(_FEWEST, affordable))))
