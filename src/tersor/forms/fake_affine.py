@@ -13,8 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import OptionError
-from tersor.forms.affine import Affine, as_matrix, check_layout, split_groups, spread
-from tersor.forms.form import Form, Part, unrows
+from tersor.forms.affine import (
+    Affine,
+    as_matrix,
+    check_layout,
+    from_matrix,
+    split_groups,
+    spread,
+)
+from tersor.forms.form import Form, Part
 
 
 class FakeAffine(Form):
@@ -80,12 +87,7 @@ class FakeAffine(Form):
         scale = spread(rounded, inputs, self.group_size)
         levels = (self.latent / scale).clamp(-top, top)
         matrix = (levels + (levels.round() - levels).detach()) * scale
-        matrix = matrix.to(self.dtype)
-        return (
-            matrix.reshape(self.shape)
-            if self.axis is None
-            else unrows(matrix, self.shape, self.axis)
-        )
+        return from_matrix(matrix.to(self.dtype), self.shape, self.axis)
 
     def freeze(self) -> Affine:
         """The deployed form; its weight equals `dense()` exactly."""

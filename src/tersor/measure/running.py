@@ -31,6 +31,19 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Or torch would load its compiler for every mode, for seconds, to keep it out.
         return False
 
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self.see(func, args, kwargs or {})
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `func(*args, **kwargs)` is to give; a subclass looks, and usually runs it."""
+        raise NotImplementedError
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
