@@ -136,7 +136,7 @@ def test_a_run_stopped_in_the_middle_goes_on_where_it_was(trained, task, tmp_pat
 
 def test_a_folder_of_another_job_is_refused_and_kept(trained, task, tmp_path):
     kept = compress(trained, task, "size=0.6x", run=tmp_path / "run").path.read_bytes()
-    with pytest.raises(OptionError, match=r"belongs to another run \(budget differ"):
+    with pytest.raises(OptionError, match=r"belongs to a run with another budget"):
         compress(trained, task, "size=0.7x", run=tmp_path / "run")
     assert (tmp_path / "run" / "model.tersor").read_bytes() == kept
 
@@ -318,7 +318,7 @@ def test_weights_that_are_not_numbers_are_refused(task, tmp_path):
     net = Blobs().eval()
     with torch.no_grad():
         net.conv2.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ModelError, match=r'"conv2.weight" of shape \(32, 16, 3, 3\) holds 1 value'):
+    with pytest.raises(ModelError, match=r'"conv2.weight" of shape \(32, 16, 3, 3\) holds NaN or'):
         compress(net, task, "size=0.6x", run=tmp_path / "run")
 
 
@@ -361,3 +361,78 @@ def test_killed_at_random_moments_the_file_is_the_same(tmp_path):
             running.wait()
         assert start(folder).wait(120) == 0
         assert (folder / "model.tersor").read_bytes() == whole
+
+
+def test_a_folder_without_a_file_goes_to_the_next_job(trained, task, tmp_path, monkeypatch):
+    with pytest.raises(BudgetError, match="the size limit binds"):
+        compress(trained, task, "size=500", run=tmp_path / "run")
+
+    def never(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(study_module, "_measure", never)
+    result = compress(trained, task, "size=0.6x", run=tmp_path / "run")
+    assert result.path.stat().st_size <= 0.6 * safetensors_bytes(trained)
+
+
+def test_a_second_run_at_once_is_refused(trained, task, tmp_path, monkeypatch):
+    real = study_module._measure
+
+    def meanwhile(*args):
+        with pytest.raises(OptionError, match="another run is at work in the folder"):
+            compress(trained, task, "size=0.6x", run=tmp_path / "run")
+        return real(*args)
+
+    monkeypatch.setattr(study_module, "_measure", meanwhile)
+    assert compress(trained, task, "size=0.6x", run=tmp_path / "run").report["met"]
+
+
+def test_what_cannot_be_used_leaves_no_folder(trained, task, tmp_path):
+    wide = classification(test=(torch.randn(9, 2, 8, 8), torch.zeros(9, dtype=torch.int64)))
+    order = [{"method": "quantize.rtn"}, {"method": "prune.magnitude"}]
+    for error, given in [
+        (TaskError, {"task": wide, "budget": "size=0.6x"}),
+        (TaskError, {"task": blobs(9, 1)}),
+        (ModelError, {"model": trained.state_dict()}),
+        (OptionError, {"recipe": order}),
+        (OptionError, {"recipe": []}),
+        (OptionError, {"budget": "size=0.6x, target=onnxruntime", "task": None}),
+        (BudgetError, {"budget": "size=0.6x, f1000>=3"}),
+    ]:
+        with pytest.raises(error):
+            compress(**{"model": trained, "task": task, "run": tmp_path / "run", **given})
+        assert not list(tmp_path.iterdir())
+
+
+class PerRow(nn.Module):
+    """A loop over the rows, which a graph holds for one number of them only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) + sum(1 for _ in range(int(x.shape[0])))
+
+
+def test_a_graph_that_would_not_take_the_data_is_left_out(task, tmp_path):
+    result = compress(PerRow().eval(), task, "size=0.9x", run=tmp_path / "run")
+    assert result.report["file"]["graph"] is False
+    assert any("would not take all of the data" in note for note in result.report["notes"])
+
+
+def test_a_size_beyond_the_original_is_asked_for_in_bytes(task, tmp_path):
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    with pytest.raises(BudgetError, match=r"ask for size=[0-9]+ or more") as refused:
+        compress(tiny, task, "size=0.2x", run=tmp_path / "run")
+    asked = re.search(r"ask for (size=[0-9]+)", str(refused.value))[1]
+    assert compress(tiny, task, asked, run=tmp_path / "run").report["met"]
+
+
+def test_one_small_weight_can_have_a_limit_on_quality_alone(tmp_path):
+    # Its smallest choice has 198 bytes, and numpy.geomspace(198, 198) has 197.99999999999991.
+    torch.manual_seed(0)
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    x = torch.randn(64, 1, 8, 8)
+    same = classification(test=(x, tiny(x).argmax(1)), calibration=x)
+    assert compress(tiny, same, "drop=5", run=tmp_path / "run").report["met"]

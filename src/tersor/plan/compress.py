@@ -11,20 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from tersor.errors import BudgetError, CompressError, TaskError
+from tersor.errors import BudgetError
 from tersor.measure import quality
 from tersor.plan.budget import Budget
-from tersor.plan.folder import RunFolder, open_folder
+from tersor.plan.checks import check_job, check_reach
+from tersor.plan.folder import RunFolder, run_folder
 from tersor.plan.journal import Journal, model_hash
 from tersor.plan.progress import Bar
-from tersor.plan.search import quality_kept, search, shortfalls
+from tersor.plan.search import search, shortfalls
 from tersor.plan.study import measure_choices, study
 from tersor.plan.summary import overruns, summary
 from tersor.plan.target import check_target
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import Recipe
 from tersor.report import finish
-from tersor.surgery.walk import check_finite, walk
 from tersor.task import Task
 from tersor.version import VERSION
 
@@ -74,11 +74,9 @@ def compress(
     binds), ModelError, TaskError, OptionError, OutputError for inputs that cannot be used.
     """
     limits = Budget.of(budget)
-    _check_task(limits, task)
     steps = recipe.as_json() if isinstance(recipe, Recipe) else recipe
-    # Before the folder is made: a model that cannot be used leaves nothing behind.
-    check_finite(model)
-    walk(model)
+    # Before the folder is made: what cannot be used leaves nothing behind.
+    check_job(model, task, limits, example=example, recipe=steps)
     job = {
         "tersor": VERSION,
         "model": model_hash(model),
@@ -87,17 +85,13 @@ def compress(
         "recipe": steps,
         "seed": seed,
     }
-    folder, journal = open_folder(run or _default_folder(model, job), job)
+    place = run or _default_folder(model, job)
     modes = {module: module.training for module in model.modules()}
     try:
-        with Bar(enabled=progress) as bar:
+        with run_folder(place, job) as (folder, journal), Bar(enabled=progress) as bar:
             bench = _bench(model.eval(), task, example, limits, folder, journal, seed, bar)
             return _finish(bench, steps)
-    except CompressError:
-        folder.tidy()
-        raise
     finally:
-        journal.close()
         for module, training in modes.items():
             module.training = training
 
@@ -120,7 +114,7 @@ def _bench(
             {"what": "before", **found.key},
             lambda: {n: e.value for n, e in quality(model, task).items()},
         )
-    _check_metrics(budget, found.before, task)
+    check_reach(budget, found.before, task)
     return bench
 
 
@@ -136,16 +130,24 @@ def _finish(bench: Bench, recipe: list[dict[str, Any]] | None) -> Result:
     path = bench.write(point.recipe, bench.folder.model, bench.file_metrics(point.metrics))
     compressed = bench.reload(path, point.recipe)
     report = summary(bench, point, compressed, path)
-    if bench.budget.target is not None:
-        report["exports"] = {bench.budget.target: check_target(bench, compressed)}
+    short, target = "", bench.budget.target
+    if target is not None:
+        figures, short = check_target(bench, compressed)
+        report["exports"] = {target: figures}
     over = overruns(bench.budget, report)
-    report["met"] = not over
+    report["met"] = not (over or short)
     bench.folder.tidy()
     finish(report, bench.folder.path, bench.study.task)
+    kept = f"the file and its report are kept in {bench.folder.path}"
     if over:
         raise BudgetError(
             f"{over}. The methods here change how weights are stored, which steers size and "
-            f"quality alone; the file and its report are kept in {bench.folder.path}"
+            f"quality alone; {kept}"
+        )
+    if short:
+        raise BudgetError(
+            f"the file meets the budget, but exported to {target} {short}; relax that limit, or "
+            f"leave target= out; {kept}"
         )
     return Result(compressed, path, bench.folder.path, report)
 
@@ -163,41 +165,6 @@ def _given(bench: Bench, recipe: list[dict[str, Any]]) -> Point:
             "out to have one searched for, or relax the limit"
         )
     return point
-
-
-def _check_task(budget: Budget, task: Task | None) -> None:
-    asked = str(budget)
-    measured = budget.limits_quality or budget.latency_ms or budget.memory or budget.macs
-    if task is None and measured:
-        raise TaskError(
-            f"the budget {asked} needs data to measure it on; give a task (--data), or ask for "
-            "size= alone"
-        )
-    if task is not None and budget.limits_quality and not task.has_test:
-        raise TaskError(
-            f"the budget {asked} limits a metric, which needs labelled test data, and the task has "
-            "none; give test data, or ask for size= alone"
-        )
-
-
-def _check_metrics(budget: Budget, before: dict[str, float], task: Task | None) -> None:
-    known = task.metrics if task else {}
-    for sign, bounds in ((">=", budget.at_least), ("<=", budget.at_most)):
-        for name, bound in bounds.items():
-            asked = f"{name}{sign}{bound:g} in the budget"
-            if name not in known:
-                raise BudgetError(f"{asked} names no metric of the task; it has {list(known)}")
-            if known[name].higher_is_better != (sign == ">="):
-                better, other = ("high", ">=") if sign == "<=" else ("low", "<=")
-                raise BudgetError(
-                    f"{asked} asks for a worse model, since {name} should be {better}; write "
-                    f"{name}{other}{bound:g}"
-                )
-            if not quality_kept(known[name], before[name], bound):
-                raise BudgetError(
-                    f"{asked} is out of reach: the original model itself has {before[name]:.4g}; "
-                    "ask for less than that"
-                )
 
 
 def _default_folder(model: nn.Module, job: dict[str, Any]) -> Path:

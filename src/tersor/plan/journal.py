@@ -36,7 +36,8 @@ class Journal:
             )
         except sqlite3.Error as error:
             raise OutputError(
-                f"{path} cannot be used as the journal of a run: {error}; choose another folder"
+                f"{path} cannot be used as the journal of a run: {error}; free space, or choose "
+                "another folder"
             ) from error
 
     def recall(self, what: dict[str, Any], measure: Callable[[], Any]) -> Any:
@@ -67,6 +68,15 @@ class Journal:
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
+
+
+def is_empty(path: Path) -> bool:
+    """True where a journal notes nothing yet."""
+    journal = Journal(path)
+    try:
+        return not journal._execute("SELECT key FROM measurements LIMIT 1")
+    finally:
+        journal.close()
 
 
 def model_hash(model: nn.Module) -> str:

@@ -78,7 +78,7 @@ def smallest(bench: Bench) -> Point:
     edges = [low, _lossless_like(options)]
     for _ in range(_HALVINGS):
         middle = exp((log(edges[0]) + log(edges[1])) / 2)
-        point = bench.judge(propose(bench, int(middle)))
+        point = bench.judge(propose(bench, ceil(middle)))
         if shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task):
             edges[0], nearest = middle, point
         else:
@@ -123,7 +123,8 @@ def front(bench: Bench, point: Point, steps: int = 10) -> list[tuple[int, float]
     rest = point.bytes - _spent(bench, point)
     found = []
     for payload in np.geomspace(least, max(least, _lossless_like(options)), steps):
-        taken = allocate(options, int(payload))
+        # Upwards: the logarithm's last digit must not make the least too little.
+        taken = allocate(options, ceil(payload))
         picked = [choices[t] for choices, t in zip(options, taken, strict=True)]
         found.append((rest + sum(size for size, _ in picked), sum(loss for _, loss in picked)))
     return found
@@ -199,6 +200,9 @@ def _otherwise(bench: Bench, point: Point, short: str, limit: int) -> Point:
 
 
 def _asking(bench: Bench, size: int) -> str:
+    if size >= bench.study.size_before:
+        # A network of a few kilobytes: the file's own structure outweighs it.
+        return f"size={size}"
     # One thousandth above: the budget's own text is in the file, and may be longer then.
     return f"size={(ceil(1000 * size / bench.study.size_before) + 1) / 1000:.3f}x"
 

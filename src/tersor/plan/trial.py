@@ -6,6 +6,7 @@ import hashlib
 import json
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from torch import nn
 
 from tersor.codec import load, save
-from tersor.errors import ExportError
+from tersor.errors import ExportError, ModelError
 from tersor.measure import quality
 from tersor.methods import run
 from tersor.plan.budget import Budget
 from tersor.plan.folder import RunFolder
 from tersor.plan.progress import Bar
 from tersor.plan.study import Study
-from tersor.program import program_of
+from tersor.program import Program, program_of
+from tersor.program.inputs import Arguments
+from tersor.program.of_model import call_arguments
 from tersor.version import VERSION
 
 
@@ -138,12 +141,27 @@ class Bench:
             )
             return
         try:
-            self.program = program_of(self.study.model, self.study.example)
+            program = program_of(self.study.model, self.study.example)
+            self._check_sizes(program)
+            self.program = program
         except ExportError as error:
             self.traceable = False
             self.study.notes.append(
                 f"The file holds weights alone and needs the model's code to load: {error}"
             )
+
+    def _check_sizes(self, program: Program) -> None:
+        """Raises ExportError where the data have sizes that the program does not take."""
+        task = self.study.task
+        if task is None:
+            return
+        test = (inputs for inputs, _ in task.test()) if task.has_test else ()
+        arguments = Arguments(program)
+        for inputs in chain(task.calibration(), test):
+            try:
+                arguments.flatten(*call_arguments(inputs))
+            except ModelError as error:
+                raise ExportError(f"its graph would not take all of the data ({error})") from error
 
     def _write(self, recipe: list[dict[str, Any]], path: Path) -> Path:
         self.bar.doing("writing a trial file")
