@@ -45,6 +45,12 @@ class ByValue(nn.Linear):
         return super().forward(x) if x.sum() > 0 else x
 
 
+def test_torch_prints_nothing_of_a_model_that_it_cannot_trace(capfd):
+    with pytest.raises(ExportError, match="data-dependent"):
+        trace(ByValue(4, 4), (torch.rand(2, 4),))
+    assert capfd.readouterr() == ("", "")
+
+
 class Random(nn.Linear):
     def forward(self, x):
         return super().forward(x) + torch.rand_like(x)
