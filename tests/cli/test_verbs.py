@@ -99,6 +99,8 @@ def test_compare_measures_both_on_the_same_samples(answer, file):
 def test_compare_without_data_compares_sizes(answer, file):
     found = answer("compare", "net.py:net", file)
     assert found["comparison"] == {"notes": ["No data were given: only sizes are compared."]}
+    assert found["before"]["file_bytes"] is None
+    assert found["after"]["file_bytes"] == file.stat().st_size
 
 
 def test_compare_lends_the_code_of_a_to_a_file_without_graph(answer, folder):

@@ -30,6 +30,10 @@ def read_job(path: Path) -> Job:
     """Reads a job file. Raises OptionError naming the field that is wrong."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OptionError(
+            f"{path} does not exist; check the path, which starts from {Path.cwd()}"
+        ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(found, dict):

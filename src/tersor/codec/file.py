@@ -89,7 +89,7 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
             model = into
         elif program is None:
             raise FileError(
-                "was saved without a graph (no example inputs, or graph=False), so it needs the "
+                "it was saved without a graph (no example inputs, or graph=False), so it needs the "
                 "model's code; load it with load(path, into=your_model)"
             )
         else:

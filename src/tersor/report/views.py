@@ -91,10 +91,17 @@ def _metrics(quality: Data) -> list[RenderableType]:
 def sides_view(found: Data) -> RenderableType:
     """Two models: sizes, then the comparison."""
     rows = [
-        (side, found[side]["name"], figures.size(found[side]["bytes"]), found[side]["parameters"])
+        (
+            side,
+            found[side]["name"],
+            figures.size(found[side]["bytes"]),
+            figures.size(found[side]["file_bytes"]) if found[side]["file_bytes"] else "",
+            found[side]["parameters"],
+        )
         for side in ("before", "after")
     ]
-    sizes = grid(["", "model", "bytes", "parameters"], rows, numeric={2, 3})
+    # Stored is what forms count before entropy coding; a file has that coded, and its graph.
+    sizes = grid(["", "model", "stored", "file", "parameters"], rows, numeric={2, 3, 4})
     return Group(sizes, Text(), comparison_view(found["comparison"]))
 
 
