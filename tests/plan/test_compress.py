@@ -396,6 +396,7 @@ def test_what_cannot_be_used_leaves_no_folder(trained, task, tmp_path):
         (ModelError, {"model": trained.state_dict()}),
         (OptionError, {"recipe": order}),
         (OptionError, {"recipe": []}),
+        (OptionError, {"seed": -1}),
         (OptionError, {"budget": "size=0.6x, target=onnxruntime", "task": None}),
         (BudgetError, {"budget": "size=0.6x, f1000>=3"}),
     ]:

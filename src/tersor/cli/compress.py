@@ -31,7 +31,7 @@ def compress(
         str | None,
         typer.Option(help="A .json, .yaml or .tersor file whose steps are taken as they are."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the bootstrap intervals.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the bootstrap intervals.")] = None,
 ) -> Answer:
     """Makes a model meet a budget, checks the written file, and reports.
 

@@ -17,7 +17,7 @@ from tersor.task import Task
 
 
 def check_job(
-    model: nn.Module, task: Task | None, budget: Budget, *, example: Any, recipe: Any
+    model: nn.Module, task: Task | None, budget: Budget, *, example: Any, recipe: Any, seed: int
 ) -> None:
     """Raises an error for a model, a task, a budget or a recipe that cannot be used together."""
     if not isinstance(model, nn.Module):
@@ -29,6 +29,8 @@ def check_job(
             f"the task is a {type(task).__name__}, not a tersor.Task; make one with tersor.task, "
             "for example classification(test=(inputs, labels))"
         )
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise OptionError(f"seed={seed!r} must be a whole number, 0 or more")
     check_finite(model)
     walk(model)
     _check_budget(budget, task)

@@ -76,7 +76,7 @@ def compress(
     limits = Budget.of(budget)
     steps = recipe.as_json() if isinstance(recipe, Recipe) else recipe
     # Before the folder is made: what cannot be used leaves nothing behind.
-    check_job(model, task, limits, example=example, recipe=steps)
+    check_job(model, task, limits, example=example, recipe=steps, seed=seed)
     job = {
         "tersor": VERSION,
         "model": model_hash(model),
