@@ -99,7 +99,10 @@ def exported(model: torch.nn.Module, example: Inputs, folder: Path) -> dict[str,
         done = to_onnx(model, folder / "model.onnx", example=example).as_json()
     except CompressError as error:
         return {"error": str(error)}
-    return {key: done[key] for key in ("bytes", "opset", "runtime", "difference")}
+    found = {key: done[key] for key in ("bytes", "opset", "runtime")}
+    for key in ("difference", "default_difference"):
+        found[f"relative_{key}"] = (done[key] or {}).get("relative")
+    return found
 
 
 def outputs(model: torch.nn.Module, task: tersor.Task) -> Any:

@@ -7,6 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
+import tersor
+from tersor.surgery import decoded
+
 FORBIDDEN = ("zoo", "sentences", "cifar10", "stories", "speech", "transformers", "torchvision")
 
 
@@ -18,16 +23,12 @@ class _Refusing:
             raise ImportError(f"{name} is model code, which this process must do without")
 
 
-sys.meta_path.insert(0, _Refusing())
-
-import torch  # noqa: E402
-
-import tersor  # noqa: E402
-from tersor.surgery import decoded  # noqa: E402
-
-
 def main() -> None:
     """Writes reload.json: the largest difference, relative to the largest output, per batch."""
+    sys.meta_path.insert(0, _Refusing())
+    already = sys.modules.keys() & set(FORBIDDEN)
+    if already:
+        raise ImportError(f"{sorted(already)} are here already, so this would prove nothing")
     folder = Path(sys.argv[2])
     model = tersor.load(folder / "run" / "model.tersor")
     differences = {}

@@ -1,9 +1,13 @@
 """`import tersor` brings torch and little else; what is heavy is imported where it is used."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import tersor
 
 EXTRAS = {
     *("onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "tokenizers"),
@@ -40,3 +44,18 @@ def test_import_brings_torch_and_nothing_heavy():
 
 def test_every_public_name_is_there_without_any_extra():
     assert loaded_by("from tersor import *") & EXTRAS == set()
+
+
+def test_rooms_open_without_an_import_of_their_own():
+    names = ["task.classification", "measure.size", "errors.BudgetError", "plan.Limit"]
+    for name in names:
+        assert "tersor" in loaded_by(f"import tersor; tersor.{name}")
+    assert {"task", "measure", "Budget"} <= set(dir(tersor))
+
+
+def test_type_checkers_see_the_names_that_programs_get():
+    tree = ast.parse(Path(tersor.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    shown = {a.asname for node in block.body for a in node.names}
+    assert shown | {"__version__"} == set(dir(tersor))
+    assert all(getattr(tersor, name) is not None for name in shown)

@@ -1,11 +1,35 @@
-"""tersor makes trained networks small, and proves on the written file that they still do their job."""
+"""Makes trained networks small, and proves on the written file that they still do their job."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tersor.version import VERSION as __version__
+from tersor.version import VERSION
+
+if TYPE_CHECKING:
+    # The same names as below, for type checkers and editors.
+    from tersor import codec as codec
+    from tersor import errors as errors
+    from tersor import export as export
+    from tersor import forms as forms
+    from tersor import measure as measure
+    from tersor import methods as methods
+    from tersor import plan as plan
+    from tersor import report as report
+    from tersor import surgery as surgery
+    from tersor import task as task
+    from tersor.codec import load as load
+    from tersor.codec import save as save
+    from tersor.measure import compare as compare
+    from tersor.methods import replay as replay
+    from tersor.methods import run as run
+    from tersor.plan import Budget as Budget
+    from tersor.plan import compress as compress
+    from tersor.surgery import decoded as decoded
+    from tersor.task import Task as Task
+
+__version__ = VERSION
 
 # Public names and where they live, imported on first use: `import tersor` stays as quick as torch.
 _HOMES = {
@@ -19,15 +43,22 @@ _HOMES = {
     "run": "tersor.methods",
     "save": "tersor.codec",
 }
+# Rooms that open on first use: `tersor.task.classification(...)` needs no import of its own.
+_ROOMS = (
+    *("codec", "errors", "export", "forms", "measure", "methods", "plan", "report", "surgery"),
+    "task",
+)
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tersor' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return import_module(f"tersor.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tersor' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_ROOMS})

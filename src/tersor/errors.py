@@ -1,6 +1,7 @@
 """The errors a caller may catch. Each carries the exit code that the command line returns for it.
 
-A message names the thing (option and value, layer and shape, file), the rule broken, and one way out.
+A message names the thing (option and value, layer and shape, file), the rule broken, and one way
+out.
 """
 
 

@@ -12,7 +12,7 @@ from tersor.errors import OutputError
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields an empty file beside `path`; it becomes `path` when the block ends well.
 
     However the block is left otherwise, what was at `path` is still there and nothing else is.
@@ -41,9 +41,14 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
+def drafts(folder: Path) -> list[Path]:
+    """What `atomic` left in a folder because the program was killed in the middle."""
+    return sorted(folder.glob(".*.part"))
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Writes UTF-8 text, whole or not at all. Raises OutputError."""
-    with whole(path) as draft:
+    with atomic(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return Path(path)
 

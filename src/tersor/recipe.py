@@ -142,7 +142,7 @@ def check_options(function: Callable[..., Any], options: dict[str, Any]) -> None
     for option, value in options.items():
         if option not in known:
             near = get_close_matches(option, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise OptionError(
                 f"there is no option {option!r}{hint} The options are {sorted(known)}"
             )

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_a_model_that_cannot_be_used(refused, folder, model, said, monkeypatch):
 def test_weights_that_are_not_finite(tersor, folder):
     done = tersor("compress", "net.py:not_finite", "--out", "run")
     assert done.exit_code == 3
-    assert '"0.weight" of shape (64, 16) holds 1 values that are NaN' in done.stderr
+    assert '"0.weight" of shape (64, 16) holds NaN or infinity in 1 of' in done.stderr
     assert not (folder / "run" / "model.tersor").exists()
 
 
@@ -137,6 +138,26 @@ def test_a_recipe_that_cannot_be_run(tersor, folder, steps, said):
     assert done.exit_code == 2
     assert said in done.stderr
     assert not (folder / "run" / "model.tersor").exists()
+
+
+def test_a_job_that_is_not_there(refused):
+    text, code = refused("compress", "none.yaml")
+    assert code == 2
+    assert text.startswith("none.yaml does not exist; check the path, which starts from ")
+
+
+def test_warnings_of_torch_itself_are_for_debugging(tersor, monkeypatch):
+    def warns(*_, **__):
+        warnings.warn("`LeafSpec` is deprecated", FutureWarning, stacklevel=1)
+        return {}
+
+    monkeypatch.setattr("tersor.codec.read_header", warns)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        tersor("inspect", "net.py")
+        assert not seen
+        tersor("inspect", "net.py", "--debug")
+        assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

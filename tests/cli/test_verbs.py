@@ -99,6 +99,8 @@ def test_compare_measures_both_on_the_same_samples(answer, file):
 def test_compare_without_data_compares_sizes(answer, file):
     found = answer("compare", "net.py:net", file)
     assert found["comparison"] == {"notes": ["No data were given: only sizes are compared."]}
+    assert found["before"]["file_bytes"] is None
+    assert found["after"]["file_bytes"] == file.stat().st_size
 
 
 def test_compare_lends_the_code_of_a_to_a_file_without_graph(answer, folder):
@@ -171,6 +173,46 @@ def test_export_writes_an_onnx_file_that_agrees(answer, file, folder):
     found = answer("export", file, "--to", "onnx", "--out", "x.onnx", "--data", DATA)
     assert found["bytes"] == (folder / "x.onnx").stat().st_size
     assert found["difference"]["relative"] < 1e-4
+
+
+def test_export_and_profile_make_up_inputs_for_a_file(answer, tersor, file, folder):
+    said = "The inputs were made up: random numbers and ones"
+    profiled = answer("profile", file)
+    assert profiled["macs"]["total"] == 2 * (16 * 64 + 64 * 3)
+    assert profiled["latency"]["median_ms"] > 0
+    assert "quality" not in profiled
+    assert "quality is not measured" in profiled["notes"][0]
+    assert profiled["notes"][1].startswith(said)
+    assert said in tersor("profile", file).stdout
+    assert not any("made up" in note for note in answer("profile", file, "--data", DATA)["notes"])
+    pytest.importorskip("onnxruntime")
+    exported = answer("export", file, "--to", "onnx", "--out", "x.onnx")
+    assert exported["notes"][0].startswith(said)
+    assert exported["difference"]["relative"] < 1e-4
+    assert exported["inputs"]["input"] == ["batch", 16]
+    assert said in tersor("export", file, "--to", "onnx", "--out", "x.onnx").stdout
+
+
+def test_a_file_compressed_again_keeps_its_graph_without_data(answer, file):
+    found = answer("compress", file, "--budget", "size=0.9x", "--out", "run")
+    assert any("The inputs were made up" in note for note in found["notes"])
+    assert answer("inspect", "run/model.tersor")["graph_bytes"] > 0
+
+
+def test_a_network_that_refuses_made_up_inputs_is_still_profiled(answer, refused, folder):
+    import torch
+
+    from tersor.codec import save
+
+    # Ones are made up for integers, and a table of one row has none but row 0.
+    save(torch.nn.Embedding(1, 4), folder / "one.tersor", example=torch.zeros(2, 3).long())
+    found = answer("profile", "one.tersor")
+    assert found["size"]["parameters"] == 4
+    assert "macs" not in found
+    assert "does not run on made-up inputs: index out of range" in found["notes"][1]
+    text, code = refused("export", "one.tersor", "--out", "x.onnx")
+    assert code == 4
+    assert "give --data. The network does not run on made-up inputs: index out of" in text
 
 
 def test_methods_lists_the_table_with_options(answer, tersor):

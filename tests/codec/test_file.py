@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import zoo
-from tersor.codec import load, program_of, read_header, save, verify
-from tersor.codec.graph import call_arguments
+from tersor.codec import load, read_header, save, verify
 from tersor.errors import ExportError, FileError, ModelError, OptionError
 from tersor.forms import Affine, Bitmask, Codebook, Dense, FakeAffine, Form, NofM
+from tersor.program import program_of
+from tersor.program.of_model import call_arguments
 from tersor.recipe import Recipe, Step
 from tersor.surgery import decoded, form_of, hold, walk
 
@@ -363,7 +364,7 @@ def test_a_held_weight_gives_way_to_what_the_file_has(tmp_path):
         (nn.Linear(3, 2, bias=False), 'Linear lacks "bias", which the file has'),
         (nn.Linear(4, 2), r'"weight" has shape \(2, 3\) in the file and \(2, 4\) in the module'),
         (nn.BatchNorm1d(2), 'the file lacks "num_batches_tracked", "running_mean", "running_var"'),
-        (nn.LSTM(3, 2), r'and 1 more, which LSTM has and LSTM lacks "bias", "weight"'),
+        (nn.LSTM(3, 2), r'and 1 more, which LSTM has, and LSTM lacks "bias", "weight"'),
         (nn.Sequential(nn.Linear(3, 2)), 'lacks "0.bias", "0.weight", which Sequential has'),
     ],
 )
@@ -441,3 +442,10 @@ def test_resnet20_in_four_bits_is_a_tenth_of_its_size(tmp_path, shared_data):
     x = zoo.cifar10()[0][:8]
     with torch.no_grad(), decoded(net):
         assert torch.equal(load(path)(x), net(x))
+
+
+@pytest.mark.parametrize("given", ["net", nn.Linear, {"weight": 1}])
+def test_into_takes_the_network_itself(tmp_path, given):
+    path = save(nn.Linear(2, 2), tmp_path / "a.tersor", graph=False)
+    with pytest.raises(ModelError, match=r"into=.* is not a torch.nn.Module; build the network"):
+        load(path, into=given)

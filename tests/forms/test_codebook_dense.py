@@ -27,6 +27,20 @@ def test_codes_worked_by_hand():
     assert form.dense().tolist() == [[1.0, -1.0, 2.0]]
 
 
+def test_of_equal_values_the_first_is_taken():
+    # Sparse codes rely on it: code 0 must stand for every zero, also beside a second zero.
+    weight = torch.tensor([[0.0, 1.0, 0.0, -1.0]])
+    for twice in (torch.tensor([0.0, -1.0, 0.0, 1.0]), torch.tensor([0.0, 0.0, -1.0, 1.0])):
+        assert Codebook.encode(weight, twice).codes[0, ::2].tolist() == [0, 0]
+
+
+def test_half_weights_take_the_nearest_of_close_values():
+    # 1 + 2**-11 and 1 + 3 * 2**-11 are halfway between halves; in half the middles would round.
+    values = 1 + torch.arange(256).half() * 2**-10
+    weight = values.repeat(4)[None]
+    assert torch.equal(Codebook.encode(weight, values).dense(), weight)
+
+
 @pytest.mark.parametrize("shape", [(0,), (257,), (2, 2)])
 def test_a_codebook_of_another_size_is_refused(shape):
     with pytest.raises(OptionError, match="1 to 256"):

@@ -68,6 +68,12 @@ def test_freezing_changes_nothing(bits, shape, group_size, axis):
     assert frozen.stored_bits() == form.stored_bits()
 
 
+def test_freezing_changes_nothing_in_a_hundred_thousand_groups():
+    generator = torch.Generator().manual_seed(0)
+    form = FakeAffine.encode(torch.randn(6144, 64, generator=generator), bits=4, group_size=4)
+    assert torch.equal(form.freeze().dense(), form.dense())
+
+
 def test_starting_scale_worked_by_hand():
     # 2 bits: top 1, so 2 * mean|w| / sqrt(1) = 2 * 2 = 4 for weights 1, -2, 3.
     form = FakeAffine.encode(torch.tensor([[1.0, -2.0, 3.0]]), bits=2)

@@ -6,10 +6,11 @@ from torch import nn
 from torch.nn import functional
 
 import zoo
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.trace import trace
+from tersor.errors import TaskError
 from tersor.forms import Affine
 from tersor.measure import macs
+from tersor.program.interpreter import Interpreted
+from tersor.program.trace import trace
 from tersor.surgery import walk
 
 
@@ -202,9 +203,14 @@ def test_inputs_by_name_work_and_the_model_is_left_as_it_was():
 
 def test_a_failing_forward_leaves_no_hooks():
     net = nn.Sequential(nn.Linear(4, 5))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(TaskError, match="shapes cannot be multiplied"):
         macs(net, torch.zeros(1, 3))
     assert not net[0]._forward_hooks
+
+
+def test_inputs_that_do_not_fit_are_the_datas_fault():
+    with pytest.raises(TaskError, match=r"inputs of shape \(2, 5\), int64; torch says: mat1"):
+        macs(nn.Linear(4, 3), torch.ones(2, 5, dtype=torch.int64))
 
 
 def test_interpreted_network_has_the_macs_of_the_original():

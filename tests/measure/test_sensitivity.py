@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import zoo
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.trace import trace
 from tersor.errors import ModelError, OptionError, TaskError
 from tersor.forms import Affine, Dense
 from tersor.measure import divergence_of, probing, reference_outputs, sensitivity, swapped
 from tersor.measure.running import unfused
+from tersor.program.interpreter import Interpreted
+from tersor.program.trace import trace
 from tersor.surgery import walk
 from tersor.task import classification, language_model, regression
 

@@ -42,7 +42,7 @@ def best(weights, count):
     )
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("start", ["linear", "density"])
 def test_equals_a_slow_lloyd(count, seed, start):
@@ -87,6 +87,13 @@ def test_clusters_worked_by_hand():
     # From 0 and 10: 0 1 2 | 9 10 gives 1 and 9.5, and no weight changes sides.
     weights = torch.tensor([0.0, 10.0, 1.0, 9.0, 2.0])
     assert clusters(weights, 2).tolist() == [1.0, 9.5]
+
+
+def test_a_pruned_layer_with_two_values_keeps_zero_and_the_mean():
+    layer = nn.Linear(4, 1, bias=False)
+    walk(layer)[0].hold(Bitmask.encode(torch.tensor([[1.0, 0.0, 2.0, 6.0]])))
+    # Zero and one other value, the mean 3 of 1, 2 and 6; then 1 is nearer to zero.
+    assert kmeans(layer, values=2).weight.tolist() == [[0.0, 0.0, 3.0, 3.0]]
 
 
 def test_an_idle_value_moves_to_the_worst_weight():

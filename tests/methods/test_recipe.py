@@ -5,10 +5,12 @@ from typing import Literal
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from tersor.errors import FileError, ModelError, OptionError, TaskError
-from tersor.methods import TABLE, replay, run
+from tersor.codec import save
+from tersor.errors import ModelError, OptionError, TaskError
+from tersor.methods import TABLE, read_recipe, replay, run
 from tersor.methods.quantize.rtn import rtn
 from tersor.recipe import Recipe, Step, method, recipe_of
 
@@ -189,6 +191,16 @@ def test_direct_calls_are_checked_like_recipes():
         rtn(net(), group=4)
 
 
+def test_a_recipe_is_read_alike_from_yaml_json_and_a_tersor_file(tmp_path):
+    model = run(net(), [step("prune.magnitude"), step("share.kmeans", values=4)])
+    plain = model.recipe.as_json()
+    (tmp_path / "a.json").write_text(json.dumps(plain))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(plain))
+    save(model, tmp_path / "a.tersor", graph=False)
+    for name in ("a.json", "a.yaml", "a.tersor"):
+        assert read_recipe(tmp_path / name) == model.recipe
+
+
 def test_replay_reads_a_json_file(tmp_path):
     model = run(net(), [step("prune.magnitude"), step("share.kmeans", values=4)])
     path = tmp_path / "recipe.json"
@@ -203,7 +215,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
     path = tmp_path / "recipe.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(FileError, match=r"recipe.json"):
+    with pytest.raises(OptionError, match=r"the recipe .*recipe.json cannot be read: .+"):
         replay(net(), path)
 
 

@@ -1,5 +1,6 @@
 """compress(): budgets met on the written file, refused with figures, resumed after a kill."""
 
+import importlib.util
 import json
 import os
 import re
@@ -15,8 +16,10 @@ from torch import nn
 from tersor.codec import load
 from tersor.errors import BudgetError, ModelError, OptionError, OutputError, TaskError
 from tersor.measure import quality, safetensors_bytes
-from tersor.plan import Budget, compress
+from tersor.plan import compress
+from tersor.plan import search as search_module
 from tersor.plan import study as study_module
+from tersor.plan.journal import model_hash
 from tersor.task import classification
 
 
@@ -133,7 +136,7 @@ def test_a_run_stopped_in_the_middle_goes_on_where_it_was(trained, task, tmp_pat
 
 def test_a_folder_of_another_job_is_refused_and_kept(trained, task, tmp_path):
     kept = compress(trained, task, "size=0.6x", run=tmp_path / "run").path.read_bytes()
-    with pytest.raises(OptionError, match=r"belongs to another run \(budget differ"):
+    with pytest.raises(OptionError, match=r"belongs to a run with another budget"):
         compress(trained, task, "size=0.7x", run=tmp_path / "run")
     assert (tmp_path / "run" / "model.tersor").read_bytes() == kept
 
@@ -143,6 +146,92 @@ def test_a_folder_with_other_files_is_refused(trained, task, tmp_path):
     with pytest.raises(OptionError, match="holds other files and no run"):
         compress(trained, task, "size=0.6x", run=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+def test_what_a_kill_left_half_written_is_no_obstacle_and_goes(trained, task, tmp_path):
+    for name in (".job.yaml.0011aabb.part", ".model.tersor.0011aabb.part"):
+        (tmp_path / name).write_text("half")
+    compress(trained, task, "size=0.6x", run=tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".git").mkdir()
+    compress(trained, task, "size=0.6x", run=tmp_path)
+    assert (tmp_path / ".git").is_dir()
+
+
+def test_a_damaged_journal_is_refused(trained, task, tmp_path):
+    compress(trained, task, "size=0.6x", run=tmp_path)
+    (tmp_path / "journal.sqlite").write_bytes(b"SQLite format 3\0" + bytes(4096))
+    with pytest.raises(OutputError, match=r"journal of a run.* choose another folder"):
+        compress(trained, task, "size=0.6x", run=tmp_path)
+
+
+def test_a_model_whose_code_was_changed_is_another_model(tmp_path):
+    hashes = set()
+    for number, function in enumerate(("relu", "relu", "tanh")):
+        file = tmp_path / f"net{number}.py"
+        file.write_text(
+            "import torch\nclass Net(torch.nn.Linear):\n    def forward(self, x):\n"
+            f"        return torch.{function}(super().forward(x))\n"
+        )
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
+        torch.manual_seed(0)
+        hashes.add(model_hash(module.Net(4, 2)))
+    assert len(hashes) == 2
+
+
+def test_without_inputs_kept_apart_batch_norms_stay_and_a_note_says_so(trained, tmp_path):
+    single = classification(calibration=blobs(1, 1)[0])
+    result = compress(trained, single, "size=0.6x", run=tmp_path / "run")
+    assert any("statistics were not corrected" in note for note in result.report["notes"])
+    assert "recover.batchnorm" not in [step["method"] for step in result.report["recipe"]]
+
+
+def test_choices_that_break_the_network_are_left_out_and_counted(
+    trained, task, tmp_path, monkeypatch
+):
+    real = study_module._measure
+
+    def breaking(site, choice, probe):
+        size, loss = real(site, choice, probe)
+        return [size, float("inf") if choice.label == "int4" else loss]
+
+    monkeypatch.setattr(study_module, "_measure", breaking)
+    report = compress(trained, task, "size=0.5x", run=tmp_path / "run").report
+    assert any(re.match(r"1 of \d+ choices made an output infinite", n) for n in report["notes"])
+    assert "int4" not in {row["option"] for row in report["sensitivity"]}
+    everything = [9, float("inf")]
+    monkeypatch.setattr(
+        study_module, "_measure", lambda site, choice, _: everything if choice.steps else [9, 0.0]
+    )
+    with pytest.raises(ModelError, match="infinite or NaN outputs whichever weight"):
+        compress(trained, task, "size=0.5x", run=tmp_path / "other")
+
+
+def test_a_note_of_the_task_that_came_later_is_in_the_report(trained, tmp_path):
+    task = classification(train=blobs(64, 1), test=blobs(64, 2))
+    model = nn.Sequential(trained, nn.Softmax(1))
+    report = compress(model, task, "size=0.6x", run=tmp_path / "run").report
+    assert any("the model gives probabilities" in note for note in report["notes"])
+
+
+def test_a_smaller_file_that_keeps_the_quality_is_taken(trained, task, tmp_path, monkeypatch):
+    real = search_module.shortfalls
+    monkeypatch.setattr(
+        search_module, "fit", lambda bench, limit: search_module.propose(bench, limit - 96)
+    )
+    seen = []
+
+    def noisy(metrics, *rest):
+        seen.append(metrics)
+        return "unlucky" if len(seen) == 1 else real(metrics, *rest)
+
+    monkeypatch.setattr(search_module, "shortfalls", noisy)
+    result = compress(trained, task, "size=0.9x, drop=20", run=tmp_path / "run")
+    assert result.report["met"]
+    assert result.path.stat().st_size < 0.4 * safetensors_bytes(trained)
 
 
 def test_a_size_out_of_reach_says_what_is_reachable(trained, task, tmp_path):
@@ -158,7 +247,9 @@ def test_size_and_quality_together_out_of_reach_say_which_binds(trained, tmp_pat
     with pytest.raises(BudgetError) as refused:
         compress(trained, strict, "size=500", run=tmp_path / "probe")
     reachable = re.search(r"ask for (size=[0-9.]+x)", str(refused.value))[1]
-    with pytest.raises(BudgetError, match=r"accuracy is .* must be at least 100 .*binds") as refused:
+    with pytest.raises(
+        BudgetError, match=r"accuracy is .* must be at least 100 .*binds"
+    ) as refused:
         compress(trained, strict, f"{reachable}, drop=0", run=tmp_path / "run")
     assert not (tmp_path / "run" / "model.tersor").exists()
     larger = re.search(r"ask for (size=[0-9.]+x)", str(refused.value))[1]
@@ -166,8 +257,30 @@ def test_size_and_quality_together_out_of_reach_say_which_binds(trained, tmp_pat
 
 
 def test_a_floor_above_the_original_is_refused(trained, task, tmp_path):
-    with pytest.raises(BudgetError, match=r"accuracy>=100.5 is out of reach: the original"):
+    with pytest.raises(
+        BudgetError, match=r"accuracy>=100.5 in the budget is out of reach: the original"
+    ):
         compress(trained, task, "size=0.6x, accuracy>=100.5", run=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        ("accuracy<=90", "accuracy should be high; write accuracy>=90"),
+        ("calibration_error>=3", "calibration_error should be low; write calibration_error<=3"),
+        ("speed>=3", r"names no metric of the task; it has \['accuracy'"),
+        ("calibration_error<=0.0001", "out of reach"),
+    ],
+)
+def test_bounds_that_make_no_sense_for_the_metric_are_refused(trained, task, tmp_path, bound, said):
+    with pytest.raises(BudgetError, match=said):
+        compress(trained, task, f"size=0.6x, {bound}", run=tmp_path / "run")
+
+
+def test_macs_are_limited_per_sample(trained, task, tmp_path):
+    per_sample = 64 * (9 * 16 + 9 * 16 * 32) + 32 * 3
+    kept = compress(trained, task, f"size=0.6x, macs={per_sample}", run=tmp_path / "run")
+    assert kept.report["costs"]["macs"] == {"before": per_sample, "after": per_sample}
 
 
 @pytest.mark.parametrize("limit", ["macs=0.5x", "memory=0.1x"])
@@ -189,7 +302,7 @@ def test_without_data_it_works_and_says_what_that_costs(trained, tmp_path):
 
 
 def test_quality_limits_without_data_are_refused(trained, tmp_path):
-    with pytest.raises(TaskError, match="drop= in the budget needs data"):
+    with pytest.raises(TaskError, match=r"size=0.6x, drop=1 needs data"):
         compress(trained, None, "size=0.6x, drop=1", run=tmp_path / "run")
 
 
@@ -205,7 +318,7 @@ def test_weights_that_are_not_numbers_are_refused(task, tmp_path):
     net = Blobs().eval()
     with torch.no_grad():
         net.conv2.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ModelError, match=r'"conv2.weight" of shape \(32, 16, 3, 3\) holds 1 value'):
+    with pytest.raises(ModelError, match=r'"conv2.weight" of shape \(32, 16, 3, 3\) holds NaN or'):
         compress(net, task, "size=0.6x", run=tmp_path / "run")
 
 
@@ -250,7 +363,77 @@ def test_killed_at_random_moments_the_file_is_the_same(tmp_path):
         assert (folder / "model.tersor").read_bytes() == whole
 
 
-def test_budget_objects_and_lines_are_the_same(trained, task, tmp_path):
-    assert Budget.of({"size": "0.6x", "at_least": {"accuracy": 50}}) == Budget.parse(
-        "size=0.6x, accuracy>=50"
-    )
+def test_a_folder_without_a_file_goes_to_the_next_job(trained, task, tmp_path, monkeypatch):
+    with pytest.raises(BudgetError, match="the size limit binds"):
+        compress(trained, task, "size=500", run=tmp_path / "run")
+
+    def never(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(study_module, "_measure", never)
+    result = compress(trained, task, "size=0.6x", run=tmp_path / "run")
+    assert result.path.stat().st_size <= 0.6 * safetensors_bytes(trained)
+
+
+def test_a_second_run_at_once_is_refused(trained, task, tmp_path, monkeypatch):
+    real = study_module._measure
+
+    def meanwhile(*args):
+        with pytest.raises(OptionError, match="another run is at work in the folder"):
+            compress(trained, task, "size=0.6x", run=tmp_path / "run")
+        return real(*args)
+
+    monkeypatch.setattr(study_module, "_measure", meanwhile)
+    assert compress(trained, task, "size=0.6x", run=tmp_path / "run").report["met"]
+
+
+def test_what_cannot_be_used_leaves_no_folder(trained, task, tmp_path):
+    wide = classification(test=(torch.randn(9, 2, 8, 8), torch.zeros(9, dtype=torch.int64)))
+    order = [{"method": "quantize.rtn"}, {"method": "prune.magnitude"}]
+    for error, given in [
+        (TaskError, {"task": wide, "budget": "size=0.6x"}),
+        (TaskError, {"task": blobs(9, 1)}),
+        (ModelError, {"model": trained.state_dict()}),
+        (OptionError, {"recipe": order}),
+        (OptionError, {"recipe": []}),
+        (OptionError, {"seed": -1}),
+        (OptionError, {"budget": "size=0.6x, target=onnxruntime", "task": None}),
+        (BudgetError, {"budget": "size=0.6x, f1000>=3"}),
+    ]:
+        with pytest.raises(error):
+            compress(**{"model": trained, "task": task, "run": tmp_path / "run", **given})
+        assert not list(tmp_path.iterdir())
+
+
+class PerRow(nn.Module):
+    """A loop over the rows, which a graph holds for one number of them only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) + sum(1 for _ in range(int(x.shape[0])))
+
+
+def test_a_graph_that_would_not_take_the_data_is_left_out(task, tmp_path):
+    result = compress(PerRow().eval(), task, "size=0.9x", run=tmp_path / "run")
+    assert result.report["file"]["graph"] is False
+    assert any("would not take all of the data" in note for note in result.report["notes"])
+
+
+def test_a_size_beyond_the_original_is_asked_for_in_bytes(task, tmp_path):
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    with pytest.raises(BudgetError, match=r"ask for size=[0-9]+ or more") as refused:
+        compress(tiny, task, "size=0.2x", run=tmp_path / "run")
+    asked = re.search(r"ask for (size=[0-9]+)", str(refused.value))[1]
+    assert compress(tiny, task, asked, run=tmp_path / "run").report["met"]
+
+
+def test_one_small_weight_can_have_a_limit_on_quality_alone(tmp_path):
+    # Its smallest choice has 198 bytes, and numpy.geomspace(198, 198) has 197.99999999999991.
+    torch.manual_seed(0)
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    x = torch.randn(64, 1, 8, 8)
+    same = classification(test=(x, tiny(x).argmax(1)), calibration=x)
+    assert compress(tiny, same, "drop=5", run=tmp_path / "run").report["met"]

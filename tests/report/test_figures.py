@@ -79,7 +79,7 @@ def test_the_table_has_the_figures_of_the_report():
     assert found["Size"].after == "152 kB"
     assert found["Accuracy"].before == "91.64 (89.87 to 93.31)"
     assert found["Accuracy"].good is None
-    assert found["Multiply-adds"].note == "batch 2"
+    assert found["Multiply-adds"].note == "per sample"
     assert found["Latency in torch"].after == "4.29 ms"
 
 

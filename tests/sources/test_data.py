@@ -181,6 +181,9 @@ def test_code_that_makes_a_task(folder, monkeypatch):
     ("spec", "said"),
     [
         ("npz:a.npz?mean=x", r"mean=x is not a list of numbers"),
+        ("npz:a.npz?kind=regresion", r"kind=regresion: it is classification or regression"),
+        ("npz:a.npz?kind=regression&mean=1", r"mean= is for pictures that are classified"),
+        ("npz:rows.npz?layout=NCHW", r"layout= is for pictures .* arrays of shape \(2, 3\)"),
         ("imagefolder:a?size=big", r"size=big is not a whole number"),
         ("text:a.txt?lenght=3", r"has no option 'lenght'; its options are"),
     ],
@@ -188,6 +191,7 @@ def test_code_that_makes_a_task(folder, monkeypatch):
 def test_an_option_that_does_not_fit(folder, spec, said):
     npz_path = folder / "a.npz"
     np.savez(npz_path, x=np.zeros((2, 3, 4, 4), np.uint8), y=np.zeros(2, int))
+    np.savez("rows.npz", x=np.zeros((2, 3), np.float32), y=np.zeros(2, int))
     with pytest.raises(OptionError, match=said):
         open_task(spec)
 
@@ -196,6 +200,22 @@ def test_a_path_may_have_any_character_in_its_options(folder):
     Path("a&b.csv").write_text("x,y\n1,0\n2,1\n")
     Path("test.csv").write_text("x,y\n1,0\n2,1\n")
     assert open_task("csv:test.csv?target=y&train=a%26b.csv").has_train
+
+
+def test_a_file_that_is_no_npz_is_refused_without_talk_of_pickles(folder):
+    Path("bad.npz").write_text("x,y\n1,2\n")
+    np.save("one.npy", np.zeros(3))
+    with pytest.raises(
+        TaskError, match=r"^bad.npz cannot be read as .npz: it is something else, or"
+    ):
+        open_task("npz:bad.npz")
+    with pytest.raises(TaskError, match=r"one.npy holds one array without a name"):
+        open_task("npz:one.npy")
+
+
+def test_a_word_that_names_no_data(folder):
+    with pytest.raises(TaskError, match=r"cifar is no data; write file.py:task_factory, or npz"):
+        open_task("cifar")
 
 
 def test_every_kind_is_in_the_guide():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def test_a_tersor_file_opens_without_code(folder):
     assert opened.name == "small"
     assert torch.allclose(opened.model(X), small(X), rtol=1e-6, atol=1e-6)
     assert {name for name, _ in held(opened.model)} == {"0.weight", "3.weight"}
+    assert opened.made_up
+    assert [tuple(x.shape) for x in opened.example.values()] == [(2, 3, 8, 8)]
 
 
 def test_a_tersor_file_without_graph_asks_for_the_code(folder):
@@ -120,10 +123,15 @@ def test_an_exported_program_opens_and_can_be_compressed(folder):
         assert torch.allclose(again(rows), small(rows), atol=1e-6)
 
 
-def test_a_file_that_is_no_program_is_refused(folder):
+def test_a_file_that_is_no_program_is_refused(folder, capsys):
     (folder / "bad.pt2").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(ModelError, match=r"bad\.pt2 cannot be opened as an exported program"):
-        open_model("bad.pt2")
+    with zipfile.ZipFile("other.pt2", "w") as archive:
+        archive.writestr("x.npy", b"1")
+    for name in ("bad.pt2", "other.pt2"):
+        with pytest.raises(ModelError, match=rf"{name} cannot be opened as an exported program"):
+            open_model(name)
+    # torch would log a traceback.
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "pytorch_model.bin"])
@@ -131,3 +139,17 @@ def test_weights_alone_are_not_a_network(folder, name):
     (folder / name).write_bytes(b"x")
     with pytest.raises(ModelError, match="holds weights without the network; write a function"):
         open_model(name)
+
+
+def test_a_scripted_network_is_refused(folder):
+    (folder / "scripted_here.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def net():\n    return nn.Sequential(torch.jit.script(nn.Linear(2, 2)))\n"
+    )
+    with pytest.raises(ModelError, match="TorchScript module, whose layers cannot be changed"):
+        open_model("scripted_here.py:net")
+
+
+def test_a_mistyped_name_is_met_with_the_closest(folder):
+    with pytest.raises(ModelError, match=r"has no 'redy'; .* write made_here.py:ready"):
+        open_model("made_here.py:redy")

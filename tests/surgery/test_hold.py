@@ -278,15 +278,38 @@ def test_holding_what_does_not_fit_is_refused(name, shape, named):
     assert type(layer) is nn.Linear
 
 
+def test_a_form_of_another_shape_cannot_replace_one():
+    layer = affine(nn.Linear(8, 4))
+    before = layer.weight
+    with pytest.raises(OptionError, match=r"\(8, 4\) cannot hold .*\(4, 8\)"):
+        hold(layer, "weight", Affine.encode(torch.ones(8, 4), bits=4))
+    assert torch.equal(layer.weight, before)
+
+
+def test_a_tied_weight_is_decoded_once(monkeypatch):
+    net, calls = affine(Tied()), []
+    real = Affine.dense
+    monkeypatch.setattr(Affine, "dense", lambda form: calls.append(form) or real(form))
+    with decoded(net):
+        assert net.embedding.weight is net.output.weight
+    assert len(calls) == len(set(calls))
+
+
+@every_net
+def test_decoded_and_released_weights_are_contiguous(name):
+    # safetensors and views refuse others.
+    net = affine(make(name)[0])
+    assert all(form.dense().is_contiguous() for _, form in held(net))
+    assert all(tensor.is_contiguous() for tensor in release_all(net).state_dict().values())
+
+
 def test_releasing_a_plain_weight_is_refused():
     with pytest.raises(OptionError, match="not held"):
         release(nn.Linear(2, 2), "weight")
 
 
-def test_moving_to_another_device_type_keeps_codes():
+def test_a_wider_type_keeps_codes():
     net = affine(nn.Sequential(Conv1D(6, 8)))
-    with torch.device("meta"):
-        pass
     codes = net[0].weight_form.codes
     net.double()
     assert net[0].weight_form.codes.dtype == torch.int8

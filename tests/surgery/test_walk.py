@@ -6,7 +6,7 @@ from torch import nn
 
 from surgery.nets import Conv1D, make
 from tersor.errors import ModelError, OptionError
-from tersor.forms import Affine
+from tersor.forms import Affine, Dense
 from tersor.surgery import check_finite, in_execution_order, walk
 
 
@@ -155,8 +155,31 @@ def test_attention_uses_its_output_layer_right_after_its_input_layer():
 def test_weights_that_are_not_finite_are_named(value):
     model, _ = make("linear")
     model[2].weight.data[0, :2] = value
-    with pytest.raises(ModelError, match=r'"2.weight" of shape \(4, 6\) holds 2 values'):
+    with pytest.raises(
+        ModelError, match=r'"2.weight" of shape \(4, 6\) holds NaN or infinity in 2 of'
+    ):
         check_finite(model)
+
+
+def test_a_mask_of_infinities_and_float8_weights_pass():
+    model = nn.Linear(4, 4)
+    model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    walk(model)[0].hold(Dense.encode(model.weight, dtype=torch.float8_e4m3fn))
+    check_finite(model)
+    model.weight_form.stored.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="in 1 of its 16 values"):
+        check_finite(model)
+
+
+def test_a_layer_named_like_a_form_is_walked():
+    model = nn.ModuleDict({"wave_form": nn.Sequential(nn.Linear(2, 2)), "last": nn.Linear(2, 2)})
+    assert names(walk(model)) == ["wave_form.0.weight", "last.weight"]
+
+
+def test_empty_weights_are_left_out():
+    model = nn.Sequential(nn.Linear(4, 2))
+    model[0].unused = nn.Parameter(torch.empty(0, 4))
+    assert names(walk(model)) == ["0.weight"]
 
 
 def test_buffers_are_checked_too_and_clean_networks_pass():
@@ -175,3 +198,9 @@ def test_the_weight_of_a_site_is_what_the_layer_computes_with():
     site.hold(Affine.encode(site.weight, bits=4, axis=1))
     assert site.form.scale.shape == (3, 1)
     assert torch.equal(site.weight, layer.weight)
+
+
+@pytest.mark.parametrize("net", [nn.LazyLinear(3), nn.Linear(3, 3, device="meta")])
+def test_weights_without_values_are_named(net):
+    with pytest.raises(ModelError, match=r'"0.weight" has no values yet; run the network once'):
+        check_finite(nn.Sequential(net))

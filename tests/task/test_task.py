@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tersor.errors import OptionError, TaskError
-from tersor.task import classification, evaluating, regression
+from tersor.task import classification, evaluation_mode, regression
 
 
 def points(rows=100, seed=0):
@@ -177,6 +177,26 @@ def test_one_value_per_sample_is_the_logit_of_class_1(form):
     assert task.evaluate(Answers(form))["accuracy"] == 100
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_probabilities_of_any_precision_are_read_as_such(dtype):
+    class Soft(nn.Module):
+        def forward(self, x):
+            return x.softmax(1)
+
+    logits = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    task = classification(calibration=logits, batch_size=500)
+    said = task.predict(Soft(), logits).softmax(1)
+    assert (said - logits.float().softmax(1)).abs().max() < 0.01
+
+
+def test_a_lone_probability_is_noted_and_a_lone_logit_is_not():
+    x = torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    for layer, notes in ((nn.Identity(), 0), (nn.Sigmoid(), 1)):
+        task = classification(calibration=x)
+        task.predict(layer, x)
+        assert sum("one value from 0 to 1" in note for note in task.notes) == notes
+
+
 def test_probabilities_are_read_as_such_and_noted():
     task = classification(points())
     x, _ = next(task.test())
@@ -212,7 +232,7 @@ def test_evaluation_leaves_the_modes_of_the_model_alone():
     net[1].eval()
     assert classification(points()).evaluate(net)["accuracy"] == 100
     assert (net.training, net[0].training, net[1].training) == (True, True, False)
-    with evaluating(net):
+    with evaluation_mode(net):
         assert not net.training
         assert not torch.is_grad_enabled()
 
@@ -258,6 +278,12 @@ def test_regression_divergence_is_relative_to_the_spread_of_the_reference():
 # Fingerprints
 
 
+def test_a_split_without_samples_has_no_batches():
+    task = classification(calibration=points()[0][:1])
+    assert task.holdout() == []
+    assert [len(batch) for batch in task.calibration()] == [1]
+
+
 def test_fingerprints_tell_data_and_settings_apart():
     x, y = points()
     same = classification((x, y)).fingerprint()
@@ -271,6 +297,15 @@ def test_fingerprints_tell_data_and_settings_apart():
         classification((x, y), classes=["left", "right"]),
     ]
     assert len({same, *(task.fingerprint() for task in others)}) == 5
+
+
+def test_fingerprints_tell_which_inputs_are_held_out():
+    x, y = points()
+    prints = {
+        classification((x, y), calibration=x[:some], holdout=x[some:other]).fingerprint()
+        for some, other in ((40, 60), (40, 61), (50, 60))
+    }
+    assert len(prints) == 3
 
 
 def test_fingerprints_agree_between_processes():
@@ -343,6 +378,12 @@ def test_a_model_that_does_not_fit_the_data_is_refused_with_both_named(data, mes
     task = classification((data, Y))
     with pytest.raises(TaskError, match=f"the model does not accept this data: .*{message}"):
         task.evaluate(sides())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_model_in_another_precision_is_told_the_way_out(dtype):
+    with pytest.raises(TaskError, match=r"float32: call model.float\(\) first"):
+        classification((X, Y)).evaluate(sides().to(dtype))
 
 
 def test_labels_beyond_the_models_classes_are_refused():

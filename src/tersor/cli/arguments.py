@@ -31,4 +31,4 @@ Like = Annotated[
     ),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A .tersor file.", show_default=False)]
-Seed = Annotated[int, typer.Option("--seed", help="Of the bootstrap intervals.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap intervals.")]

@@ -1,5 +1,6 @@
 """tersor compare: two models side by side."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,8 +29,13 @@ def compare(
     first, task = opened(before, data, like=like)
     second, _ = opened(after, None, like=like or before)
     sizes = {
-        side: {"name": model.name, "bytes": found.bytes, "parameters": found.parameters}
-        for side, model in (("before", first), ("after", second))
+        side: {
+            "name": model.name,
+            "bytes": found.bytes,
+            "file_bytes": Path(spec).stat().st_size if spec.endswith(".tersor") else None,
+            "parameters": found.parameters,
+        }
+        for side, spec, model in (("before", before, first), ("after", after, second))
         for found in [size(model.model)]
     }
     figures = {**sizes, "comparison": {"notes": ["No data were given: only sizes are compared."]}}

@@ -31,14 +31,15 @@ def compress(
         str | None,
         typer.Option(help="A .json, .yaml or .tersor file whose steps are taken as they are."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the bootstrap intervals.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the bootstrap intervals.")] = None,
 ) -> Answer:
     """Makes a model meet a budget, checks the written file, and reports.
 
     Without --data the choices are blind to what the model answers, and nothing is proven.
     """
-    from tersor.cli.job import Job, read_job, read_recipe
-    from tersor.cli.opening import opened
+    from tersor.cli.job import Job, read_job
+    from tersor.cli.opening import example_for, opened
+    from tersor.methods import read_recipe
     from tersor.plan import Budget
     from tersor.plan import compress as run
     from tersor.report import finish
@@ -50,15 +51,16 @@ def compress(
     named = read_job(Path(model)).model_dump() if is_job else {"model": model}
     job = Job(**{**named, **given})
     limits = Budget.of(job.budget)
-    steps = read_recipe(Path(job.recipe)) if isinstance(job.recipe, str) else job.recipe
+    steps = read_recipe(job.recipe) if isinstance(job.recipe, str) else job.recipe
     source, task = opened(job.model, job.data)
+    example, notes = example_for(source, None) if task is None else (None, [])
     try:
         result = run(
             source.model,
             task,
             limits,
             run=job.out,
-            example=source.example if task is None else None,
+            example=example,
             recipe=steps,
             seed=job.seed,
         )
@@ -69,6 +71,7 @@ def compress(
             "to go on from there"
         ) from None
     report = {**result.report, "command": command(job, budget=str(limits))}
+    report["notes"] = [*report["notes"], *notes]
     report["model"] = {**report["model"], "name": source.name}
     finish(report, result.folder, task)
     report["files"] = {

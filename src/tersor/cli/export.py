@@ -26,19 +26,22 @@ def export(
 ) -> Answer:
     """Writes a model for another runtime, its weights as small as they are, and checks the file.
 
-    --data gives the example inputs that the model is traced with.
+    --data gives the example inputs that the model is traced with; for a .tersor file that holds
+    its graph they can be made up.
     """
-    from tersor.cli.opening import opened
+    from tersor.cli.opening import example_for, opened
     from tersor.errors import TaskError
     from tersor.export import to_onnx
     from tersor.report.views import export_view
 
     source, task = opened(model, data, like=like)
-    example = task.example() if task is not None else source.example
+    example, notes = example_for(source, task)
     if example is None:
-        raise TaskError(
+        missing = (
             f"{model} brings no example inputs, and exporting to {to.value} traces the model with "
             "some; give --data"
         )
+        raise TaskError(". ".join([missing, *notes]))
     figures = to_onnx(source.model, out, example=example, opset=opset).as_json()
+    figures["notes"] = [*notes, *figures["notes"]]
     return Answer(figures, lambda: export_view(figures))

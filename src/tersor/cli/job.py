@@ -30,6 +30,10 @@ def read_job(path: Path) -> Job:
     """Reads a job file. Raises OptionError naming the field that is wrong."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OptionError(
+            f"{path} does not exist; check the path, which starts from {Path.cwd()}"
+        ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(found, dict):
@@ -46,18 +50,3 @@ def read_job(path: Path) -> Job:
             "missing": "is missing; every job names its model",
         }.get(first["type"], f"{first['msg'].lower()}, not {first['input']!r:.60}")
         raise OptionError(f"{path}: {name!r} {reason}") from error
-
-
-def read_recipe(path: Path) -> list[dict[str, Any]]:
-    """The steps in a .json or .yaml file, or those noted in a .tersor file."""
-    from tersor.codec import read_header
-    from tersor.recipe import Recipe
-
-    if path.suffix == ".tersor":
-        return read_header(path).recipe
-    try:
-        # JSON is YAML too.
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OptionError(f"the recipe {path} cannot be read: {error}") from error
-    return Recipe.from_json(found).as_json()

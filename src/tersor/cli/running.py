@@ -5,6 +5,7 @@ import errno
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
@@ -69,7 +70,10 @@ class Verbs(TyperGroup):
         """Runs the verb."""
         as_json = "--json" in ctx.meta["arguments"]
         debug = "--debug" in ctx.meta["arguments"]
-        with _recorded(as_json) as output:
+        with _recorded(as_json) as output, warnings.catch_warnings():
+            if not debug:
+                # Of torch's own parts, which no user of a command can change.
+                warnings.simplefilter("ignore", FutureWarning)
             try:
                 answer = super().invoke(ctx)
             except (typer.Exit, typer.Abort, BrokenPipeError):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tersor.codec.containers import skeleton
 from tersor.codec.header import Entry
-from tersor.codec.interpreter import Interpreted
 from tersor.codec.pack import Unreadable
-from tersor.codec.program import Program
 from tersor.errors import CompressError, ExportError
 from tersor.forms import Form
+from tersor.program.interpreter import Interpreted
+from tersor.program.program import Program
+from tersor.program.skeleton import skeleton
 from tersor.surgery.hold import hold
 
 

@@ -23,7 +23,7 @@ import zstandard
 
 from tersor.codec.pack import Unreadable, expand
 from tersor.errors import FileError, OutputError
-from tersor.files import whole
+from tersor.files import atomic
 
 MAGIC = b"\x89TERSOR\n"
 FILE_VERSION = 0
@@ -86,7 +86,9 @@ def about(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise FileError(f"{path} does not exist; check the path") from None
     except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise FileError(
+            f"{path} cannot be read: {error.strerror or error}; give a .tersor file"
+        ) from error
 
 
 @contextmanager
@@ -95,7 +97,7 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise FileError("is not a regular file; give the path of a .tersor file")
+            raise FileError("it is not a regular file; give the path of a .tersor file")
         yield file, status.st_size
 
 
@@ -119,7 +121,7 @@ def _checked_preamble(start: bytes, file_bytes: int) -> tuple[int, int, int]:
     """Lengths of the compressed JSON and of its two lines."""
     if start[:8] != MAGIC[: len(start)] or not start:
         raise FileError(
-            f"is not a .tersor file: it starts with {start[:8]!r} instead of {MAGIC!r}; give "
+            f"it is not a .tersor file: it starts with {start[:8]!r} instead of {MAGIC!r}; give "
             "the file that tersor wrote"
         )
     if len(start) < _START:
@@ -127,7 +129,7 @@ def _checked_preamble(start: bytes, file_bytes: int) -> tuple[int, int, int]:
     _, version, flags, length, stored, header, program = _PREAMBLE.unpack(start[: _PREAMBLE.size])
     if version > FILE_VERSION:
         raise FileError(
-            f"was written by a newer tersor (file version {version}, this one reads "
+            f"it was written by a newer tersor (file version {version}, this one reads "
             f"{FILE_VERSION}); upgrade with `pip install -U tersor`"
         )
     if flags:
@@ -201,7 +203,7 @@ def write(
     chunks: (what the table says first about a chunk, its streams), made one at a time
     check: is given the finished draft, and raises where it must not take the place of `path`
     """
-    with whole(path) as draft, tempfile.SpooledTemporaryFile(_SPOOL, dir=str(path.parent)) as body:
+    with atomic(path) as draft, tempfile.SpooledTemporaryFile(_SPOOL, dir=str(path.parent)) as body:
         table = [_append(body, about_it, streams) for about_it, streams in chunks]
         text = canonical(header | {"chunks": table})
         length = body.tell()

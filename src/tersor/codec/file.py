@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from tersor.codec.assemble import assembled, check_rebuildable
 from tersor.codec.container import Text, about, canonical, opened, read_text, write
 from tersor.codec.contents import Shelf, collect, read_tensors, rebuild
-from tersor.codec.graph import Example, own_program, program_of
 from tersor.codec.header import Header, as_json, coding_json
 from tersor.codec.header_reader import parse
-from tersor.codec.interpreter import Interpreted
 from tersor.codec.into import check_complete, place
 from tersor.codec.pack import Unreadable
-from tersor.codec.program import Program
 from tersor.errors import FileError, ModelError, OptionError
 from tersor.forms import Form
+from tersor.program.interpreter import Interpreted
+from tersor.program.of_model import Example, own_program, program_of
+from tersor.program.program import Program
 from tersor.recipe import Recipe, recipe_of
 
 Read = tuple[Header, list[Tensor | Form], Program | None]
@@ -35,7 +35,9 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `model` to `path` as one file, whole or not at all. Equal models give equal bytes.
+    """Writes `model` to `path` as one file, whole or not at all.
+
+    Equal models, traced at equal sizes, give equal bytes.
 
     example: inputs to trace the forward pass with: a tensor, a tuple, a dict, or (args, kwargs).
         With them the file can be loaded without the model's code
@@ -87,7 +89,7 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
             model = into
         elif program is None:
             raise FileError(
-                "was saved without a graph (no example inputs, or graph=False), so it needs the "
+                "it was saved without a graph (no example inputs, or graph=False), so it needs the "
                 "model's code; load it with load(path, into=your_model)"
             )
         else:

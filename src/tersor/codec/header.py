@@ -11,7 +11,7 @@ import torch
 
 from tersor.codec.container import Stored
 from tersor.codec.pack import Coding
-from tersor.codec.program import DTYPE_NAMES
+from tersor.program.program import DTYPE_NAMES
 from tersor.version import VERSION
 
 

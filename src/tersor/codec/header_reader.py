@@ -13,8 +13,8 @@ import torch
 from tersor.codec.container import Stored, Text, canonical
 from tersor.codec.header import Chunk, Entry, Formed, Header, Plain, leaves
 from tersor.codec.pack import Coding, Unreadable
-from tersor.codec.program import DTYPES
 from tersor.forms import KINDS
+from tersor.program.program import DTYPES
 
 DEEPEST = 8
 """Most forms inside one another."""

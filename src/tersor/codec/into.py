@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from tersor.codec.contents import stored
 from tersor.codec.header import Entry
-from tersor.codec.program import split_name
 from tersor.errors import FileError, ModelError
 from tersor.forms import Form
+from tersor.program.program import split_name
 from tersor.surgery.hold import bake, form_of, hold, release
 
 Item = tuple[Entry, Tensor | Form]
@@ -21,6 +21,10 @@ def place(model: nn.Module, items: Iterable[Item]) -> None:
 
     Raises FileError, before changing anything, unless names and shapes are the same.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"into={model!r:.60} is not a torch.nn.Module; build the network first, into=Net()"
+        )
     items = list(items)
     _check(model, {name: item for entry, item in items for name in entry.names})
     for entry, item in items:
@@ -70,15 +74,15 @@ def _check(model: nn.Module, named: dict[str, Tensor | Form]) -> None:
             f"{name} lacks {_some(unknown)}, which the file has" if unknown else "",
         ]
         raise FileError(
-            f"does not fit into={name}: {' and '.join(filter(None, sentences))}; build the module "
-            "with the settings that the saved one had"
+            f"it does not fit into={name}: {', and '.join(filter(None, sentences))}; build the "
+            "module with the settings that the saved one had"
         )
     for tensor, shape in shapes.items():
         found = tuple(named[tensor].shape)
         if found != shape:
             raise FileError(
-                f'does not fit into={name}: "{tensor}" has shape {found} in the file and {shape} '
-                "in the module; build it with the settings that the saved one had"
+                f'it does not fit into={name}: "{tensor}" has shape {found} in the file and '
+                f"{shape} in the module; build it with the settings that the saved one had"
             )
 
 

@@ -17,9 +17,9 @@ import torch
 import zstandard
 from torch import Tensor
 
-from tersor.codec.program import DTYPE_NAMES, DTYPES
 from tersor.errors import ModelError
 from tersor.forms import Form
+from tersor.program.program import DTYPE_NAMES, DTYPES
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.codec.trace_call import call_of
 from tersor.errors import MissingExtra, OptionError
 from tersor.export.onnx_check import Difference, Session, check_bytes, check_outputs
 from tersor.export.onnx_file import replaced, save
 from tersor.export.onnx_layers import Layer, layers_of
 from tersor.export.onnx_trace import build
+from tersor.program.call import call_of
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -87,7 +87,7 @@ def to_onnx(
     Raises ExportError when the model cannot be exported, a weight became larger than its form, or
     outputs differ; what was at `path` before is then still there.
     """
-    _require(check)
+    require(check)
     if not 21 <= opset <= 25:
         raise OptionError(
             f"opset={opset}; 4-bit weights need 21, and 25 is the last one known here"
@@ -150,7 +150,8 @@ def _on_cpu(value: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), value)
 
 
-def _require(check: bool) -> None:
+def require(check: bool) -> None:
+    """Raises MissingExtra unless what exporting, and checking if wanted, needs is installed."""
     for package in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra("onnx", package)

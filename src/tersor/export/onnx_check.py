@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.codec.trace_call import Call
 from tersor.errors import ExportError
 from tersor.export.onnx_graph import Weight
 from tersor.export.onnx_run import session
 from tersor.export.onnx_trace import first_line
+from tersor.program.call import Call
 from tersor.surgery.hold import decoded
 
 Session = Literal["decoded", "default"]

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tersor.codec.program import Fixed, Named, Ref, Slot
-from tersor.codec.trace_call import Call
+from tersor.program.call import Call
+from tersor.program.program import Fixed, Named, Ref, Slot
 
 METADATA = "tersor.call"
 """The key under which a file keeps how its inputs and outputs are arranged, as JSON."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.codec.containers import Record
 from tersor.errors import ExportError, MissingExtra, ModelError
 from tersor.export.onnx_names import METADATA
 from tersor.export.onnx_trace import first_line
+from tersor.program.skeleton import Record
 
 _TYPES = {
     "tensor(float)": torch.float32,

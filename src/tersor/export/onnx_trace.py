@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 
-from tersor.codec.trace_call import Call, Untraceable
-from tersor.codec.trace_recurrent import whole_recurrences
 from tersor.errors import CompressError, ExportError
 from tersor.export.onnx_graph import DOMAIN, Weight, fill, swap
 from tersor.export.onnx_names import name_all
 from tersor.export.onnx_recurrent import translations
+from tersor.program.call import Call, Untraceable
+from tersor.program.recurrent import whole_recurrences
 
 
 @dataclass(frozen=True)

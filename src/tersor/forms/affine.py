@@ -99,11 +99,7 @@ class Affine(Form):
         elif self.bits == 1:
             codes = 2 * codes + 1
         matrix = codes * spread(self.scale.to(self.dtype), codes.shape[1], self.group_size)
-        return (
-            matrix.reshape(self.shape)
-            if self.axis is None
-            else unrows(matrix, self.shape, self.axis)
-        )
+        return from_matrix(matrix, self.shape, self.axis)
 
     def parts(self) -> tuple[Part, ...]:
         """Codes at `bits` each, scales at 16, zero points at `bits`."""
@@ -171,6 +167,11 @@ def check_layout(weight: Tensor, *, bits: int, group_size: int | None, axis: int
 def as_matrix(weight: Tensor, axis: int | None) -> Tensor:
     """(outputs, inputs), or one row for one scale per tensor."""
     return weight.reshape(1, -1) if axis is None else rows(weight, axis)
+
+
+def from_matrix(matrix: Tensor, shape: tuple[int, ...], axis: int | None) -> Tensor:
+    """The inverse of `as_matrix`."""
+    return matrix.reshape(shape) if axis is None else unrows(matrix, shape, axis)
 
 
 def split_groups(matrix: Tensor, group_size: int | None) -> Tensor:

@@ -43,9 +43,12 @@ class Codebook(Form):
                 f"values of shape {tuple(values.shape)} for a weight of shape "
                 f"{tuple(weight.shape)}; a codebook is a vector of 1 to 256 values"
             )
-        ordered, order = values.detach().to(weight.dtype).sort()
+        # In half precision two values that lie close would share their middle with a neighbour.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        # Stable, so that of equal values the first is taken: a zero in front keeps zeros at code 0.
+        ordered, order = values.detach().to(weight.dtype).to(wide).sort(stable=True)
         middles = (ordered[1:] + ordered[:-1]) / 2
-        codes = order[torch.bucketize(weight.detach().contiguous(), middles)]
+        codes = order[torch.bucketize(weight.detach().to(wide).contiguous(), middles)]
         return cls(
             codes.to(torch.uint8),
             values.detach().clone(),

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import OptionError
-from tersor.forms.affine import Affine, as_matrix, check_layout, split_groups, spread
-from tersor.forms.form import Form, Part, unrows
+from tersor.forms.affine import (
+    Affine,
+    as_matrix,
+    check_layout,
+    from_matrix,
+    split_groups,
+    spread,
+)
+from tersor.forms.form import Form, Part
 
 
 class FakeAffine(Form):
@@ -75,16 +82,12 @@ class FakeAffine(Form):
         inputs = self.latent.shape[1]
         damping = 1.0 / (self.latent.numel() / max(1, self.scale.numel()) * top) ** 0.5
         damped = self.scale * damping + (self.scale * (1 - damping)).detach()
-        rounded = damped + (damped.to(torch.bfloat16).to(damped.dtype) - damped).detach()
+        # Rounded from the scale itself: damping may move it by a bit, across a bfloat16's edge.
+        rounded = damped + (self.scale.to(torch.bfloat16).to(damped.dtype) - damped).detach()
         scale = spread(rounded, inputs, self.group_size)
         levels = (self.latent / scale).clamp(-top, top)
         matrix = (levels + (levels.round() - levels).detach()) * scale
-        matrix = matrix.to(self.dtype)
-        return (
-            matrix.reshape(self.shape)
-            if self.axis is None
-            else unrows(matrix, self.shape, self.axis)
-        )
+        return from_matrix(matrix.to(self.dtype), self.shape, self.axis)
 
     def freeze(self) -> Affine:
         """The deployed form; its weight equals `dense()` exactly."""

@@ -106,6 +106,6 @@ def rows(weight: Tensor, axis: int) -> Tensor:
 
 
 def unrows(matrix: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
-    """The inverse of `rows`."""
+    """The inverse of `rows`, contiguous."""
     moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
-    return matrix.reshape(moved).movedim(0, axis)
+    return matrix.reshape(moved).movedim(0, axis).contiguous()

@@ -12,7 +12,7 @@ from tersor.measure.latency import (
 from tersor.measure.macs import Macs, macs
 from tersor.measure.memory import Memory, peak_memory, process_peak_rss
 from tersor.measure.quality import Estimate, quality
-from tersor.measure.running import evaluating
+from tersor.measure.running import batch_of, evaluating
 from tersor.measure.sensitivity import (
     Sensitivity,
     divergence_of,
@@ -37,6 +37,7 @@ __all__ = [
     "Sensitivity",
     "Size",
     "TensorSize",
+    "batch_of",
     "compare",
     "divergence_of",
     "evaluating",

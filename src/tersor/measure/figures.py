@@ -1,10 +1,10 @@
-"""What every measurement can do: become plain JSON values."""
+"""Measurements as plain JSON values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 
@@ -12,22 +12,18 @@ class Figures:
     """Measured figures; dataclasses derive from it."""
 
     def as_json(self) -> dict[str, Any]:
-        """The figures as plain JSON values; what is not finite becomes null."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
+        """The figures by name, see `plain`."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {key: _plain(part) for key, part in _parts(value)}
+def plain(value: Any) -> Any:
+    """Figures, mappings and sequences as JSON values; what is not finite becomes null."""
+    if isinstance(value, Figures):
+        return value.as_json()
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _parts(value: Any) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(value, field.name)) for field in fields(value)]

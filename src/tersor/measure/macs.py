@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tersor.forms.form import Form
 from tersor.measure.figures import Figures
-from tersor.measure.running import Inputs, Watching, batch_of, call, evaluating, tensors_in, unfused
+from tersor.measure.running import Inputs, Watching, batch_of, evaluating, tensors_in, unfused
+from tersor.task import call
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,15 @@ class _Counter(Watching):  # type: ignore[no-untyped-call]
             for hook in hooks:
                 hook.remove()
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = _RULES.get(func.overloadpacket)
         if rule is None:
             # Inside inference mode operators like `linear` arrive whole.
             with self:
-                parts = func.decompose(*args, **kwargs or {})
+                parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        out = func(*args, **kwargs or {})
+        out = func(*args, **kwargs)
         if rule is not None:
             path = self._path(args)
             self.counts[path] = self.counts.get(path, 0) + rule(out, *args)

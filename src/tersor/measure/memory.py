@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tersor.measure.figures import Figures
-from tersor.measure.running import Inputs, Watching, call, evaluating, tensors_in
+from tersor.measure.running import Inputs, Watching, evaluating, tensors_in
 from tersor.measure.size import stored_tensors
 from tersor.surgery.hold import held
+from tersor.task import call
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,8 @@ class _Alive(Watching):  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **kwargs or {})
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
         for tensor in tensors_in(out):
             self._add(tensor)
         return out

@@ -146,14 +146,7 @@ class _Trace(Watching):  # type: ignore[no-untyped-call]
         plan.cut -= self.outside.keys()
         return plan
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reads = frozenset(self._number(t) for t in tensors_in((args, kwargs)))
         writes = frozenset(self._number(t) for t in _written(func, args, kwargs))
         out = func(*args, **kwargs)
@@ -215,13 +208,7 @@ class _Skipping(Watching):  # type: ignore[no-untyped-call]
         copies = {n: plan.kept[n].clone() for n in copied}  # type: ignore[no-untyped-call]
         self._storages = {**trace.outside, **plan.kept, **copies}
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         at, self._at = self._at, self._at + 1
         if at >= len(self._operators):
             raise _OtherwiseError
@@ -232,7 +219,7 @@ class _Skipping(Watching):  # type: ignore[no-untyped-call]
             if type(op.output) is _Layout:
                 return self._given(op.output, args)
             return _mapped(op.output, lambda layout: self._given(layout, args), _Layout)
-        out = func(*args, **kwargs or {})
+        out = func(*args, **kwargs)
         if self._capture:
             self._keep(op, out)
         elif isinstance(out, Tensor) and out.shape != op.output.shape:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.errors import ModelError, OptionError
 from tersor.surgery.hold import decoded
+from tersor.task import call, evaluation_mode
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Runner = Callable[[], object]
@@ -30,19 +31,25 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Or torch would load its compiler for every mode, for seconds, to keep it out.
         return False
 
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self.see(func, args, kwargs or {})
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `func(*args, **kwargs)` is to give; a subclass looks, and usually runs it."""
+        raise NotImplementedError
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode, each form decoded once, no gradients; the training flags come back after."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # Not inference mode: a model may keep tensors of this pass, and train on them later.
-        with decoded(model), torch.no_grad():
-            yield model
-    finally:
-        for module, training in flags:
-            module.training = training
+    """Evaluation mode, no gradients, and each form decoded once."""
+    with evaluation_mode(model), decoded(model):
+        yield model
 
 
 @contextmanager
@@ -78,17 +85,10 @@ def unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    """model(x), model(*tuple) or model(**dict)."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
 def batch_of(inputs: Any) -> int:
     """Size of the first dimension of the first tensor, 1 where there is none."""
     first = next(tensors_in(inputs), None)
-    return int(first.shape[0]) if first is not None and first.dim() else 1
+    return max(1, len(first)) if first is not None and first.dim() else 1
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
-from tersor.errors import CompressError, FileError, OptionError
+from tersor.errors import CompressError, OptionError
 from tersor.methods.order import check_order
 from tersor.methods.table import TABLE
 from tersor.recipe import Recipe, Step, check_options, recipe_of
@@ -45,7 +45,7 @@ def run(
         where = _where(number, steps)
         options = dict(step.options)
         if "original" in signature(function).parameters:
-            options["original"] = original or model
+            options["original"] = model if original is None else original
         try:
             out = function(out, task, **options)
         except CompressError as error:
@@ -60,9 +60,23 @@ def run(
 def replay(model: nn.Module, recipe: Steps | str | Path, task: Task | None = None) -> nn.Module:
     """Does to `model` again what a recipe says: the same model and task give the same bits.
 
-    recipe: the recipe, a .tersor file that notes one, or a .json file with a list of steps
+    recipe: the recipe, or a file that `read_recipe` reads
     """
-    return run(model, _read(Path(recipe)) if isinstance(recipe, str | Path) else recipe, task)
+    return run(model, read_recipe(recipe) if isinstance(recipe, str | Path) else recipe, task)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The steps noted in a .tersor file, or listed in a .json or .yaml file. Raises OptionError."""
+    path = Path(path)
+    if path.suffix == ".tersor":
+        from tersor.codec import read_header
+
+        return Recipe.from_json(read_header(path).recipe)
+    try:
+        # JSON is YAML too.
+        return Recipe.from_json(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise OptionError(f"the recipe {path} cannot be read: {error}") from error
 
 
 def check(steps: Sequence[Step], *, before: Sequence[str] = ()) -> None:
@@ -95,14 +109,3 @@ def _steps(recipe: Steps) -> list[Step]:
 
 def _where(number: int, steps: Sequence[Step]) -> str:
     return f"step {number} of {len(steps)}, {steps[number - 1].method}"
-
-
-def _read(path: Path) -> Recipe:
-    if path.suffix == ".json":
-        try:
-            return Recipe.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise FileError(f"{path} is no recipe: {error}") from None
-    from tersor.codec import read_header
-
-    return Recipe.from_json(read_header(path).recipe)

@@ -35,7 +35,7 @@ def _rtn(bits: int, group_size: int | None = None) -> Choice:
     return Choice(label, (Step("quantize.rtn", {"bits": bits, "group_size": group_size}),))
 
 
-KEEP = Choice("float32")
+KEEP = Choice("unchanged")
 LADDER = (
     KEEP,
     *(_rtn(bits) for bits in (8, 7, 6, 5, 4, 3, 2)),

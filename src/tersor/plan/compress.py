@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from tersor.errors import BudgetError, CompressError, TaskError
+from tersor.errors import BudgetError
 from tersor.measure import quality
 from tersor.plan.budget import Budget
-from tersor.plan.folder import RunFolder, open_folder
-from tersor.plan.journal import model_hash
+from tersor.plan.checks import check_job, check_reach
+from tersor.plan.folder import RunFolder, run_folder
+from tersor.plan.journal import Journal, model_hash
 from tersor.plan.progress import Bar
 from tersor.plan.search import search, shortfalls
 from tersor.plan.study import measure_choices, study
@@ -23,7 +25,6 @@ from tersor.plan.target import check_target
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import Recipe
 from tersor.report import finish
-from tersor.surgery.walk import check_finite, walk
 from tersor.task import Task
 from tersor.version import VERSION
 
@@ -72,12 +73,10 @@ def compress(
     Raises BudgetError when the budget cannot be met (saying how near it came and which limit
     binds), ModelError, TaskError, OptionError, OutputError for inputs that cannot be used.
     """
-    limits = Budget.of(budget if not isinstance(budget, Mapping) else dict(budget))
-    _check_task(limits, task)
+    limits = Budget.of(budget)
     steps = recipe.as_json() if isinstance(recipe, Recipe) else recipe
-    # Before the folder is made: a model that cannot be used leaves nothing behind.
-    check_finite(model)
-    walk(model)
+    # Before the folder is made: what cannot be used leaves nothing behind.
+    check_job(model, task, limits, example=example, recipe=steps, seed=seed)
     job = {
         "tersor": VERSION,
         "model": model_hash(model),
@@ -86,17 +85,13 @@ def compress(
         "recipe": steps,
         "seed": seed,
     }
-    folder, journal = open_folder(run or _default_folder(model, job), job)
+    place = run or _default_folder(model, job)
     modes = {module: module.training for module in model.modules()}
     try:
-        with Bar(enabled=progress) as bar:
+        with run_folder(place, job) as (folder, journal), Bar(enabled=progress) as bar:
             bench = _bench(model.eval(), task, example, limits, folder, journal, seed, bar)
             return _finish(bench, steps)
-    except CompressError:
-        folder.tidy()
-        raise
     finally:
-        journal.close()
         for module, training in modes.items():
             module.training = training
 
@@ -107,7 +102,7 @@ def _bench(
     example: Any,
     budget: Budget,
     folder: RunFolder,
-    journal: Any,
+    journal: Journal,
     seed: int,
     bar: Bar,
 ) -> Bench:
@@ -119,7 +114,7 @@ def _bench(
             {"what": "before", **found.key},
             lambda: {n: e.value for n, e in quality(model, task).items()},
         )
-    _check_metrics(budget, found.before, task)
+    check_reach(budget, found.before, task)
     return bench
 
 
@@ -135,16 +130,24 @@ def _finish(bench: Bench, recipe: list[dict[str, Any]] | None) -> Result:
     path = bench.write(point.recipe, bench.folder.model, bench.file_metrics(point.metrics))
     compressed = bench.reload(path, point.recipe)
     report = summary(bench, point, compressed, path)
-    if bench.budget.target is not None:
-        report["exports"] = {bench.budget.target: check_target(bench, compressed)}
+    short, target = "", bench.budget.target
+    if target is not None:
+        figures, short = check_target(bench, compressed)
+        report["exports"] = {target: figures}
     over = overruns(bench.budget, report)
-    report["met"] = not over
+    report["met"] = not (over or short)
     bench.folder.tidy()
     finish(report, bench.folder.path, bench.study.task)
+    kept = f"the file and its report are kept in {bench.folder.path}"
     if over:
         raise BudgetError(
             f"{over}. The methods here change how weights are stored, which steers size and "
-            f"quality alone; the file and its report are kept in {bench.folder.path}"
+            f"quality alone; {kept}"
+        )
+    if short:
+        raise BudgetError(
+            f"the file meets the budget, but exported to {target} {short}; relax that limit, or "
+            f"leave target= out; {kept}"
         )
     return Result(compressed, path, bench.folder.path, report)
 
@@ -159,50 +162,11 @@ def _given(bench: Bench, recipe: list[dict[str, Any]]) -> Point:
     if short:
         raise BudgetError(
             f"the given recipe does not meet the budget {bench.budget}: {short}; leave the recipe "
-            "out to "
-            "have one searched for, or relax the limit"
+            "out to have one searched for, or relax the limit"
         )
     return point
 
 
-def _check_task(budget: Budget, task: Task | None) -> None:
-    needs = [
-        name
-        for name in ("drop", "at_least", "latency_ms", "memory", "macs")
-        if getattr(budget, name)
-    ]
-    if task is None and needs:
-        raise TaskError(
-            f"{needs[0]}= in the budget needs data to measure it on; give a task (--data), or ask "
-            "for "
-            "size= alone"
-        )
-    if task is not None and (budget.drop or budget.at_least) and not task.has_test:
-        raise TaskError(
-            "drop= or a metric's floor in the budget needs labelled test data, and the task has "
-            "none; "
-            "give test data, or ask for size= alone"
-        )
-
-
-def _check_metrics(budget: Budget, before: dict[str, float], task: Task | None) -> None:
-    for name, floor in budget.at_least.items():
-        if task is None or name not in task.metrics:
-            raise BudgetError(
-                f"{name}>={floor:g} in the budget names no metric of the task; it has "
-                f"{list(task.metrics) if task else []}"
-            )
-        higher = task.metrics[name].higher_is_better
-        if (before[name] < floor) if higher else (before[name] > floor):
-            raise BudgetError(
-                f"{name}>={floor:g} is out of reach: the original model itself has "
-                f"{before[name]:.4g}; "
-                "ask for less than that"
-            )
-
-
 def _default_folder(model: nn.Module, job: dict[str, Any]) -> Path:
-    import hashlib
-
     digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
     return Path("runs") / f"{type(model).__name__.lower()}-{digest[:8]}"

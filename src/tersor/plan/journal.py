@@ -1,12 +1,13 @@
 """The journal of a run: every finished measurement, on disk the moment it is finished.
 
-A key is a hash of all that a measurement depends on, so that an entry can never be stale: another
-model, other data, other options or another version of tersor have other keys.
+A key is a hash of all that a measurement depends on, so that no entry is stale: another model (also
+one whose code was changed), other data, other options or another version of tersor have other keys.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import sqlite3
@@ -35,7 +36,8 @@ class Journal:
             )
         except sqlite3.Error as error:
             raise OutputError(
-                f"{path} cannot be used as the journal of a run: {error}; choose another folder"
+                f"{path} cannot be used as the journal of a run: {error}; free space, or choose "
+                "another folder"
             ) from error
 
     def recall(self, what: dict[str, Any], measure: Callable[[], Any]) -> Any:
@@ -46,33 +48,54 @@ class Journal:
         """
         text = json.dumps({"tersor": VERSION, "torch": torch.__version__, **what}, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
-        row = self._db.execute("SELECT value FROM measurements WHERE key = ?", (key,)).fetchone()
-        if row is not None:
-            return json.loads(row[0])
+        found = self._execute("SELECT value FROM measurements WHERE key = ?", key)
+        if found:
+            return json.loads(found[0][0])
         value = json.dumps(measure())
-        try:
-            self._db.execute(
-                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", (key, text, value)
-            )
-        except sqlite3.Error as error:
-            raise OutputError(
-                f"the journal of the run could not be written: {error}; free space and run again, "
-                "finished measurements are kept"
-            ) from error
+        self._execute("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", key, text, value)
         # Read back through JSON, so that a resumed run sees exactly what an uninterrupted one saw.
         return json.loads(value)
+
+    def _execute(self, statement: str, *values: str) -> list[Any]:
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise OutputError(
+                f"the journal of the run cannot be used: {error}; free space and run again, "
+                "finished measurements are kept, or choose another folder if it is damaged"
+            ) from error
 
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
 
 
+def is_empty(path: Path) -> bool:
+    """True where a journal notes nothing yet."""
+    journal = Journal(path)
+    try:
+        return not journal._execute("SELECT key FROM measurements LIMIT 1")
+    finally:
+        journal.close()
+
+
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 over the model's structure and every tensor in it."""
+    """SHA-256 over the model's structure, the source of its own classes, and every tensor in it."""
     # A function's address in a repr would make every process see another model.
     structure = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
     digest = hashlib.sha256(structure.encode())
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        if not kind.__module__.startswith("torch."):
+            digest.update(_source(kind).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _source(kind: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(kind)
+    # Typed into an interpreter, or compiled without its source.
+    except (OSError, TypeError):
+        return kind.__qualname__

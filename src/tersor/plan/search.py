@@ -5,14 +5,13 @@ from __future__ import annotations
 from math import ceil, exp, log
 
 import numpy as np
-from torch import nn
 
 from tersor.errors import BudgetError
 from tersor.plan.allocate import allocate
 from tersor.plan.budget import Budget
 from tersor.plan.choices import recipe_for
 from tersor.plan.trial import Bench, Point
-from tersor.task import Task
+from tersor.task import Metric, Task
 
 # The final file differs from its trial in the digits of the metrics it carries.
 _MARGIN = 96
@@ -26,14 +25,12 @@ def search(bench: Bench) -> Point:
     With a size limit the bytes are spent on quality; with only quality limits the file is made as
     small as they allow. Raises BudgetError with how near it came and which limit binds.
     """
-    limit = bench.budget.size
-    if limit is None:
+    if bench.budget.size is None:
         return smallest(bench)
-    point = bench.judge(fit(bench, int(limit.resolve(bench.study.size_before))))
+    limit = int(bench.budget.size.resolve(bench.study.size_before))
+    point = bench.judge(fit(bench, limit))
     short = shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
-    if short:
-        raise BudgetError(_both(bench, point, short))
-    return point
+    return _otherwise(bench, point, short, limit) if short else point
 
 
 def fit(bench: Bench, limit: int) -> Point:
@@ -56,7 +53,8 @@ def fit(bench: Bench, limit: int) -> Point:
         # Near enough, or growing no longer helps.
         if best is not None and (best is not point or point.loss == 0 or slack < limit // 500):
             break
-        payload += slack
+        # What was spent, not what was allowed: a near miss must not repeat the allocation.
+        payload = slack + (payload if slack > 0 else min(payload, _spent(bench, point)))
     if best is None:
         reached = (nearest.bytes if nearest else least) + _MARGIN
         raise BudgetError(
@@ -73,14 +71,14 @@ def smallest(bench: Bench) -> Point:
     low = float(sum(min(size for size, _ in choices) for choices in options))
     high = float(sum(choices[0][0] for choices in options))
     best: Point | None = None
-    if not (bench.budget.drop or bench.budget.at_least):
+    if not bench.budget.limits_quality:
         # Neither a size nor a quality limit: the others do not depend on how weights are stored.
         return bench.judge(propose(bench, int(_lossless_like(options))))
     nearest: Point | None = None
     edges = [low, _lossless_like(options)]
     for _ in range(_HALVINGS):
         middle = exp((log(edges[0]) + log(edges[1])) / 2)
-        point = bench.judge(propose(bench, int(middle)))
+        point = bench.judge(propose(bench, ceil(middle)))
         if shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task):
             edges[0], nearest = middle, point
         else:
@@ -112,7 +110,7 @@ def propose(bench: Bench, payload: int) -> Point:
         for site, choices, t in zip(bench.study.sites, bench.study.choices, taken, strict=True)
     ]
     recipe = recipe_for(picked)
-    if recipe and _recoverable(bench.study.model, bench.study.task):
+    if recipe and bench.study.corrects_norms:
         recipe.append({"method": "recover.batchnorm", "options": {}})
     loss = sum(choices[t][1] for choices, t in zip(options, taken, strict=True))
     return bench.size(recipe, loss, {site.name: choice.label for site, choice in picked})
@@ -122,19 +120,25 @@ def front(bench: Bench, point: Point, steps: int = 10) -> list[tuple[int, float]
     """(bytes, loss) that the allocation expects for files from the smallest to 8-bit codes."""
     options = bench.study.options()
     least = sum(min(size for size, _ in choices) for choices in options)
-    sizes = {
-        site.name: dict(zip([c.label for c in choices], row, strict=True))
-        for site, choices, row in zip(
-            bench.study.sites, bench.study.choices, bench.study.sizes, strict=True
-        )
-    }
-    rest = point.bytes - sum(sizes[name][label] for name, label in point.labels.items())
+    rest = point.bytes - _spent(bench, point)
     found = []
     for payload in np.geomspace(least, max(least, _lossless_like(options)), steps):
-        taken = allocate(options, int(payload))
+        # Upwards: the logarithm's last digit must not make the least too little.
+        taken = allocate(options, ceil(payload))
         picked = [choices[t] for choices, t in zip(options, taken, strict=True)]
         found.append((rest + sum(size for size, _ in picked), sum(loss for _, loss in picked)))
     return found
+
+
+def _spent(bench: Bench, point: Point) -> int:
+    """Bytes of the weights as they were chosen for `point`."""
+    study = bench.study
+    return sum(
+        size
+        for site, choices, sizes in zip(study.sites, study.choices, study.sizes, strict=True)
+        for choice, size in zip(choices, sizes, strict=True)
+        if choice.label == point.labels[site.name]
+    )
 
 
 def shortfalls(
@@ -144,20 +148,26 @@ def shortfalls(
     if task is None or not metrics:
         return ""
     said = []
-    for name, floor in quality_limits(before, budget, task).items():
-        higher = task.metrics[name].higher_is_better
-        if (metrics[name] < floor) if higher else (metrics[name] > floor):
+    for name, bound in quality_limits(before, budget, task).items():
+        metric = task.metrics[name]
+        if not quality_kept(metric, metrics[name], bound):
+            side = "at least" if metric.higher_is_better else "at most"
             said.append(
-                f"{name} is {metrics[name]:.4g} and must be {'at least' if higher else 'at most'} "
-                f"{floor:.4g} "
+                f"{name} is {metrics[name]:.4g} and must be {side} {bound:.4g} "
                 f"(it was {before[name]:.4g})"
             )
     return " and ".join(said)
 
 
+def quality_kept(metric: Metric, value: float, bound: float) -> bool:
+    """True where a metric is on the right side of its bound, or on it but for rounding."""
+    margin = 1e-9 * max(1.0, abs(bound))
+    return value >= bound - margin if metric.higher_is_better else value <= bound + margin
+
+
 def quality_limits(before: dict[str, float], budget: Budget, task: Task) -> dict[str, float]:
     """The value that each limited metric must keep."""
-    limits = dict(budget.at_least)
+    limits = {**budget.at_least, **budget.at_most}
     if budget.drop is not None:
         name = next(iter(task.metrics))
         sign = -1 if task.metrics[name].higher_is_better else 1
@@ -167,29 +177,34 @@ def quality_limits(before: dict[str, float], budget: Budget, task: Task) -> dict
     return limits
 
 
-def _both(bench: Bench, point: Point, short: str) -> str:
-    """How near it came, and the size at which quality would do."""
+def _otherwise(bench: Bench, point: Point, short: str, limit: int) -> Point:
+    """The smallest file that keeps the quality, if that fits after all.
+
+    Metrics on few samples are noisy: a plan of more loss now and then keeps what one of less lost.
+    Raises BudgetError saying how near both came.
+    """
     said = f"at {point.bytes:,} bytes ({point.bytes / bench.study.size_before:.3f}x) {short}"
     try:
-        enough = smallest(bench).bytes
-    except BudgetError:
-        return f"{said}; no size met the quality limits, so they bind: relax them"
-    return (
+        enough = smallest(bench)
+    except BudgetError as error:
+        raise BudgetError(
+            f"{said}; no size met the quality limits, so they bind: relax them"
+        ) from error
+    if enough.bytes + _MARGIN <= limit:
+        return enough
+    raise BudgetError(
         f"{said}; the size limit binds: the smallest file found that keeps the quality has "
-        f"{enough:,} bytes: ask for {_asking(bench, enough + _MARGIN)} or relax the quality limit"
+        f"{enough.bytes:,} bytes: ask for {_asking(bench, enough.bytes + _MARGIN)} or relax the "
+        "quality limit"
     )
 
 
 def _asking(bench: Bench, size: int) -> str:
+    if size >= bench.study.size_before:
+        # A network of a few kilobytes: the file's own structure outweighs it.
+        return f"size={size}"
     # One thousandth above: the budget's own text is in the file, and may be longer then.
     return f"size={(ceil(1000 * size / bench.study.size_before) + 1) / 1000:.3f}x"
-
-
-def _recoverable(model: nn.Module, task: Task | None) -> bool:
-    return task is not None and any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-        for m in model.modules()
-    )
 
 
 def _lossless_like(options: list[list[tuple[int, float]]]) -> float:

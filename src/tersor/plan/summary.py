@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.measure import compare, latency_ab, macs, peak_memory, size
+from tersor.measure import batch_of, compare, latency_ab, macs, peak_memory, size
 from tersor.plan.budget import Budget
 from tersor.plan.search import front
-from tersor.plan.study import Study, batch_size
+from tersor.plan.study import Study
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import recipe_of
 from tersor.version import VERSION
@@ -33,7 +33,7 @@ def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> di
             "name": type(found.model).__name__,
             "parameters": size(found.model).parameters,
             "bytes": found.size_before,
-            "macs": sum(found.macs.values()) or None,
+            "macs": found.macs_per_sample or None,
         },
         "budget": bench.budget.as_json(),
         "met": True,
@@ -55,7 +55,8 @@ def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> di
         ],
         "points": _points(bench, point),
         "recipe": recipe_of(compressed).as_json(),
-        "notes": list(found.notes),
+        # The task adds notes of its own while it looks at the model's answers.
+        "notes": list(dict.fromkeys([*(found.task.notes if found.task else ()), *found.notes])),
         "environment": environment(),
     }
     if found.task is not None:
@@ -97,13 +98,13 @@ def environment() -> dict[str, Any]:
 
 
 def _costs(found: Study, compressed: nn.Module) -> dict[str, Any]:
-    """Latency, activation memory and MACs for the example batch, before and after."""
+    """Latency and activation memory for the example batch, MACs for a sample, before and after."""
     if found.example is None:
         return {}
     example = found.example
     speed = latency_ab(found.model, compressed, example, repeats=10)
     return {
-        "batch": batch_size(example),
+        "batch": batch_of(example),
         "latency_ms": {
             "before": speed.before.median_ms,
             "after": speed.after.median_ms,
@@ -116,8 +117,8 @@ def _costs(found: Study, compressed: nn.Module) -> dict[str, Any]:
             "after": peak_memory(compressed, example).activations,
         },
         "macs": {
-            "before": sum(found.macs.values()),
-            "after": sum(macs(compressed, example).by_layer.values()),
+            "before": found.macs_per_sample,
+            "after": macs(compressed, example).total // batch_of(example),
         },
     }
 

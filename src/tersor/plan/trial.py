@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tersor.codec import load, program_of, save
-from tersor.errors import ExportError
+from tersor.codec import load, save
+from tersor.errors import ExportError, ModelError
 from tersor.measure import quality
 from tersor.methods import run
 from tersor.plan.budget import Budget
 from tersor.plan.folder import RunFolder
 from tersor.plan.progress import Bar
 from tersor.plan.study import Study
+from tersor.program import Program, program_of
+from tersor.program.inputs import Arguments
+from tersor.program.of_model import call_arguments
 from tersor.version import VERSION
 
 
@@ -53,24 +58,13 @@ class Bench:
     written: list[Point] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
 
-    def key(self, recipe: list[dict[str, Any]]) -> str:
-        """Names a recipe in this run."""
-        text = json.dumps([self.study.key, recipe, str(self.budget), self.seed], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def size(
         self, recipe: list[dict[str, Any]], loss: float, labels: dict[str, str] | None = None
     ) -> Point:
         """Writes the recipe's file and says how large it is."""
-        what = {
-            "what": "size",
-            **self.study.key,
-            "recipe": recipe,
-            "budget": str(self.budget),
-            "seed": self.seed,
-        }
         size = self.study.journal.recall(
-            what, lambda: self._write(recipe, self.trial(recipe)).stat().st_size
+            {"what": "size", **self._trial_key(recipe)},
+            lambda: self._write(recipe, self.trial(recipe)).stat().st_size,
         )
         point = Point(recipe, int(size), loss, labels or {})
         self.written.append(point)
@@ -81,27 +75,27 @@ class Bench:
         task = self.study.task
         if task is None or not task.has_test:
             return point
-        what = {
-            "what": "quality",
-            **self.study.key,
-            "recipe": point.recipe,
-            "budget": str(self.budget),
-            "seed": self.seed,
-        }
 
         def measure() -> dict[str, float]:
             model = self.reload(self.trial(point.recipe), point.recipe)
             return {name: estimate.value for name, estimate in quality(model, task).items()}
 
         self.bar.doing(f"measuring a file of {point.bytes:,} bytes")
-        judged = Point(**{**asdict(point), "metrics": self.study.journal.recall(what, measure)})
+        key = {"what": "quality", **self._trial_key(point.recipe)}
+        judged = replace(point, metrics=self.study.journal.recall(key, measure))
         self.points.append(judged)
         self.bar.advance(10)
         return judged
 
     def trial(self, recipe: list[dict[str, Any]]) -> Path:
         """The file of a recipe that is being tried."""
-        return self.folder.trial(self.key(recipe)[:12])
+        text = json.dumps(self._trial_key(recipe), sort_keys=True)
+        return self.folder.trial(hashlib.sha256(text.encode()).hexdigest()[:12])
+
+    def _trial_key(self, recipe: list[dict[str, Any]]) -> dict[str, Any]:
+        """All that the bytes of a trial's file depend on."""
+        settings = {"budget": str(self.budget), "seed": self.seed}
+        return {**self.study.key, **settings, "recipe": recipe}
 
     def reload(self, path: Path, recipe: list[dict[str, Any]]) -> nn.Module:
         """The model as a user will get it: from the file, written again if a killed run lost it."""
@@ -109,11 +103,12 @@ class Bench:
             self._write(recipe, path)
         if self.program is None and self.traceable:
             self.trace()
-        return load(path) if self.traceable else load(path, into=_copy(self.study.model))
+        return load(path) if self.traceable else load(path, into=deepcopy(self.study.model))
 
     def apply(self, recipe: list[dict[str, Any]]) -> nn.Module:
         """The model after the recipe, in memory."""
-        return run(self.study.model, recipe, self.study.task) if recipe else _copy(self.study.model)
+        model = self.study.model
+        return run(model, recipe, self.study.task) if recipe else deepcopy(model)
 
     def write(self, recipe: list[dict[str, Any]], path: Path, metrics: dict[str, Any]) -> Path:
         """Writes the recipe's file with the metrics in it."""
@@ -146,12 +141,27 @@ class Bench:
             )
             return
         try:
-            self.program = program_of(self.study.model, self.study.example)
+            program = program_of(self.study.model, self.study.example)
+            self._check_sizes(program)
+            self.program = program
         except ExportError as error:
             self.traceable = False
             self.study.notes.append(
                 f"The file holds weights alone and needs the model's code to load: {error}"
             )
+
+    def _check_sizes(self, program: Program) -> None:
+        """Raises ExportError where the data have sizes that the program does not take."""
+        task = self.study.task
+        if task is None:
+            return
+        test = (inputs for inputs, _ in task.test()) if task.has_test else ()
+        arguments = Arguments(program)
+        for inputs in chain(task.calibration(), test):
+            try:
+                arguments.flatten(*call_arguments(inputs))
+            except ModelError as error:
+                raise ExportError(f"its graph would not take all of the data ({error})") from error
 
     def _write(self, recipe: list[dict[str, Any]], path: Path) -> Path:
         self.bar.doing("writing a trial file")
@@ -169,9 +179,3 @@ class Bench:
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in metrics.items()}
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    from copy import deepcopy
-
-    return deepcopy(model)

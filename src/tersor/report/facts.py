@@ -149,7 +149,8 @@ def _costs(report: Data) -> list[Fact]:
         cost = costs.get(key) or {}
         if cost.get("before") and cost.get("after"):
             before, after = (f"{show(cost[side])}{unit}" for side in ("before", "after"))
-            rows.append(Fact(label, before, after, _conditions(cost, costs.get("batch"))))
+            note = "per sample" if key == "macs" else _conditions(cost, costs.get("batch"))
+            rows.append(Fact(label, before, after, note))
     return rows
 
 
@@ -179,7 +180,7 @@ def _reached(report: Data, name: str, wanted: Any) -> tuple[str, bool | None]:
         reached = float(measured[name]["after"]["value"])
         sign = 1 if measured[name].get("higher_is_better", True) else -1
         text = figures.value(reached, measured[name].get("unit") or "")
-        return text, sign * reached >= sign * float(wanted)
+        return text, sign * reached >= sign * float(wanted) - _rounding(float(wanted))
     cost = (report.get("costs") or {}).get(name) or {}
     sides = [cost.get("before"), cost.get("after")]
     if name == "size":
@@ -199,9 +200,13 @@ def _dropped(metric: Data, wanted: Any) -> tuple[str, bool | None]:
     drop = float(metric["delta"]) * (-1 if metric.get("higher_is_better", True) else 1)
     before = (metric.get("before") or {}).get("value") or 0.0
     allowed = _absolute(wanted, float(before))
-    return figures.change(drop, metric.get("unit") or "").lstrip(
-        "+"
-    ), None if allowed is None else drop <= allowed
+    text = figures.change(drop, metric.get("unit") or "").lstrip("+")
+    return text, None if allowed is None else drop <= allowed + _rounding(float(before))
+
+
+def _rounding(value: float) -> float:
+    """What arithmetic may have added to a difference: a drop of exactly the limit keeps it."""
+    return 1e-9 * max(1.0, abs(value))
 
 
 def _absolute(wanted: Any, before: float) -> float | None:
@@ -214,11 +219,13 @@ def _absolute(wanted: Any, before: float) -> float | None:
 
 
 def _set(budget: Any) -> list[tuple[str, str, str]]:
-    """("size", "=", "0.15x"), and ("accuracy", ">=", "90") for a floor."""
+    """("size", "=", "0.15x"), and ("accuracy", ">=", "90") for a bound."""
     given = {k: v for k, v in (budget or {}).items() if v not in (None, {}, [])}
-    floors = given.pop("at_least", {})
+    bounds = {">=": given.pop("at_least", {}), "<=": given.pop("at_most", {})}
     limits = [(str(k), "=", figures.plain(v)) for k, v in given.items()]
-    return limits + [(str(k), ">=", figures.plain(v)) for k, v in floors.items()]
+    return limits + [
+        (str(k), sign, figures.plain(v)) for sign, some in bounds.items() for k, v in some.items()
+    ]
 
 
 def _bytes(report: Data, side: str) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor.errors import FileError
+from tersor.measure.figures import plain
 
 Data = dict[str, Any]
 
@@ -14,7 +15,7 @@ LARGEST = 64_000_000
 
 def as_json(report: Data) -> str:
     """The report as text. Infinities become null, which JSON has a word for."""
-    return json.dumps(_finite(report), indent=1, ensure_ascii=False)
+    return json.dumps(plain(report), indent=1, ensure_ascii=False)
 
 
 def read(path: str | os.PathLike[str]) -> Data:
@@ -35,13 +36,3 @@ def read(path: str | os.PathLike[str]) -> Data:
     if not isinstance(report, dict) or not {"model", "before", "after"} <= report.keys():
         raise FileError(f"{path} is not a report of tersor; {way_out}")
     return report
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and value - value != 0:
-        return None
-    return value

@@ -20,6 +20,7 @@ ROWS = 60
 def profile_view(found: Data) -> RenderableType:
     """What a model is: its layers, its totals, its quality."""
     size, macs = found["size"], (found.get("macs") or {}).get("by_layer", {})
+    samples = (found.get("macs") or {}).get("batch", 1)
     tensors = [t for t in size["tensors"] if len(t["shape"]) > 1]
     largest = sorted(tensors, key=lambda t: -t["bits"])[:ROWS]
     rows = [
@@ -29,7 +30,7 @@ def profile_view(found: Data) -> RenderableType:
             figures.shape(t["shape"]),
             t["form"],
             figures.size(t["bits"] / 8),
-            figures.count(macs[layer]) if (layer := t["name"].rpartition(".")[0]) in macs else "",
+            figures.count(macs[layer] / samples) if (layer := _layer(t)) in macs else "",
         )
         for t in tensors
         if t in largest
@@ -46,6 +47,10 @@ def profile_view(found: Data) -> RenderableType:
     )
 
 
+def _layer(tensor: Data) -> str:
+    return str(tensor["name"].rpartition(".")[0])
+
+
 def _totals(found: Data) -> RenderableType:
     size = found["size"]
     rows = [
@@ -55,7 +60,8 @@ def _totals(found: Data) -> RenderableType:
     ]
     batch = f"batch {found['macs']['batch']}" if "macs" in found else ""
     if "macs" in found:
-        rows.append(("multiply-adds", figures.count(found["macs"]["total"]), batch))
+        one = found["macs"]["total"] / found["macs"]["batch"]
+        rows.append(("multiply-adds", figures.count(one), "per sample"))
     if "latency" in found:
         latency = found["latency"]
         conditions = f"median; p95 {figures.digits(latency['p95_ms'])} ms, {batch}, "
@@ -85,10 +91,17 @@ def _metrics(quality: Data) -> list[RenderableType]:
 def sides_view(found: Data) -> RenderableType:
     """Two models: sizes, then the comparison."""
     rows = [
-        (side, found[side]["name"], figures.size(found[side]["bytes"]), found[side]["parameters"])
+        (
+            side,
+            found[side]["name"],
+            figures.size(found[side]["bytes"]),
+            figures.size(found[side]["file_bytes"]) if found[side]["file_bytes"] else "",
+            found[side]["parameters"],
+        )
         for side in ("before", "after")
     ]
-    sizes = grid(["", "model", "bytes", "parameters"], rows, numeric={2, 3})
+    # Stored is what forms count before entropy coding; a file has that coded, and its graph.
+    sizes = grid(["", "model", "stored", "file", "parameters"], rows, numeric={2, 3, 4})
     return Group(sizes, Text(), comparison_view(found["comparison"]))
 
 
@@ -202,7 +215,11 @@ def export_view(found: Data) -> RenderableType:
         if found.get(key):
             said.append(f"largest relative difference {found[key]['relative']:.1e} ({words})")
     head = ["weight", "shape", "stored as", "bytes", ""]
-    return Group(Text("; ".join(said), style="green"), grid(head, rows, numeric={3}))
+    return Group(
+        Text("; ".join(said), style="green"),
+        grid(head, rows, numeric={3}),
+        *notes_view(found.get("notes") or []),
+    )
 
 
 def of_method(name: str, function: Callable[..., Any]) -> Data:

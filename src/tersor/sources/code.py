@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,7 @@ def made_by(spec: str, error: type[CompressError]) -> Any:
     module = imported(place or name, error)
     if not place or not hasattr(module, name):
         missing = f"has no {name!r}" if place else "is a whole module"
-        raise error(f"{place or name} {missing}; {_offer(place or name, module)}")
+        raise error(f"{place or name} {missing}; {_offer(place or name, module, meant=name)}")
     found = getattr(module, name)
     if not callable(found) or _is_model(found):
         return found
@@ -99,7 +100,7 @@ def _is_at(name: str, path: Path) -> bool:
     return found is not None and found.origin == str(path)
 
 
-def _offer(place: str, module: ModuleType) -> str:
+def _offer(place: str, module: ModuleType, *, meant: str) -> str:
     """What the module defines that could have been meant: callables without needed arguments."""
     names = sorted(
         name
@@ -110,7 +111,8 @@ def _offer(place: str, module: ModuleType) -> str:
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     if not names:
         return "it defines no function that can be called without arguments; write one"
-    return f"it has {shown}: write {place}:{names[0]}"
+    closest = [*get_close_matches(meant, names, 1), names[0]][0]
+    return f"it has {shown}: write {place}:{closest}"
 
 
 def _is_own(value: Any, module: ModuleType) -> bool:

@@ -57,6 +57,9 @@ def open_task(spec: str, *, tokenizer: Path | None = None) -> Task:
         raise TaskError(f"{spec} names no file; write {kind}:path")
     if not spec.partition(":")[2] and Path(spec).suffix in _SUGGESTED:
         raise TaskError(f"{spec} needs its kind in front: {_SUGGESTED[Path(spec).suffix]}:{spec}")
+    if ":" not in spec and not spec.endswith(".py"):
+        kinds = ", ".join(f"{kind}:path" for kind in KINDS)
+        raise TaskError(f"{spec} is no data; write file.py:task_factory, or {kinds}")
     task = made_by(spec, TaskError)
     if not isinstance(task, Task):
         raise TaskError(
@@ -67,12 +70,21 @@ def open_task(spec: str, *, tokenizer: Path | None = None) -> Task:
 
 
 def _npz(path: Path, options: Options) -> Task:
+    kind = options.get("kind", "classification")
+    if kind not in ("classification", "regression"):
+        raise OptionError(f"{path} with kind={kind}: it is classification or regression")
     splits = npz_splits(path)
-    if options.get("kind") == "regression":
-        return regression(**splits)
     pixels = next(iter(splits.values()))[0]
-    pictures = {"layout", "mean", "std"} & options.keys() or pixels.dtype == "uint8"
-    if not pictures or pixels.ndim not in (3, 4):
+    asked = sorted({"layout", "mean", "std"} & options.keys())
+    pictures = pixels.ndim in (3, 4) and kind == "classification"
+    if asked and not pictures:
+        raise OptionError(
+            f"{asked[0]}= is for pictures that are classified; {path} holds arrays of shape "
+            f"{pixels.shape} for {kind}, so leave it out"
+        )
+    if kind == "regression":
+        return regression(**splits)
+    if not pictures or not (asked or pixels.dtype == "uint8"):
         return classification(**splits)
     layout = options.get("layout") or _layout(pixels.shape)
     return image_classification(**splits, layout=layout, **_constants(options))  # type: ignore[arg-type]

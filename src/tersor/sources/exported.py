@@ -1,6 +1,9 @@
 """Exported programs: .pt2 files, opened by torch itself and therefore trusted like code."""
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,7 @@ def from_exported(path: Path) -> tuple[nn.Module, Any]:
     Raises ModelError where torch cannot open it.
     """
     try:
-        with warnings.catch_warnings():
-            # torch warns of its own internals here.
-            warnings.simplefilter("ignore", FutureWarning)
+        with _quiet():
             program = torch.export.load(path)
             model = torch.export.unflatten(program)
     # torch raises errors of many types for files that are not its own.
@@ -31,6 +32,19 @@ def from_exported(path: Path) -> tuple[nn.Module, Any]:
     for module in model.modules():
         _simplify(module)
     return model, _example(program.example_inputs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps away what torch says of its own internals, and the tracebacks that it logs."""
+    logger = logging.getLogger("torch.export")
+    was, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.disabled = was
 
 
 def _example(given: Any) -> Any:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from tersor.errors import ModelError
 from tersor.sources.code import made_by
-from tersor.surgery import held
+from tersor.surgery import check_finite, held
 
 KINDS = (
     "file.py:factory, package.module:factory, a Hugging Face folder, hub:org/name, .pt2, .tersor"
@@ -29,12 +30,14 @@ class Opened:
     name: what reports call it
     example: inputs to trace it with, where the source has any
     folder: where its tokenizer lies, for models of a Hugging Face folder
+    made_up: True where `example` has the right types and sizes, but values that mean nothing
     """
 
     model: nn.Module
     name: str
     example: Any = None
     folder: Path | None = None
+    made_up: bool = False
 
 
 def open_model(spec: str, *, like: nn.Module | None = None) -> Opened:
@@ -71,11 +74,17 @@ def _checked(opened: Opened, spec: str) -> Opened:
             f"{spec} gave {type(model).__name__}, not a torch.nn.Module; return the network "
             "itself, or (network, example inputs)"
         )
+    if any(isinstance(part, ScriptModule) for part in model.modules()):
+        raise ModelError(
+            f"{spec} gave a TorchScript module, whose layers cannot be changed; return the "
+            "torch.nn.Module that it was scripted from"
+        )
     if not any(True for _ in model.parameters()) and not any(True for _ in held(model)):
         raise ModelError(
             f"{spec} gave a {type(model).__name__} without parameters, so there is nothing to "
             "compress or measure; return the trained network itself"
         )
+    check_finite(model)
     return replace(opened, model=model.eval())
 
 
@@ -88,11 +97,18 @@ def _from_code(spec: str) -> Opened:
 
 
 def _from_tersor(path: Path, like: nn.Module | None) -> Opened:
+    import torch
+
     from tersor.codec import load, read_header
+    from tersor.program import Interpreted, example_of
 
     header = read_header(path)
     if header.program_bytes:
-        return Opened(load(path), path.stem)
+        model = load(path)
+        example = None
+        if isinstance(model, Interpreted):
+            example = example_of(model.program, torch.Generator().manual_seed(0))
+        return Opened(model, path.stem, example=example, made_up=example is not None)
     if like is None:
         raise ModelError(
             f"{path} holds weights without a graph, so the network's code is needed; name it with "

@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.errors import ModelError
-from tersor.task import Inputs, evaluating
+from tersor.task import Inputs, evaluation_mode
 
 _LAYERS = {
     "aten.linear.default": nn.Linear,
@@ -81,7 +81,7 @@ def _traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else None
     try:
-        with evaluating(model):
+        with evaluation_mode(model):
             return torch.export.export(model, args, kwargs)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

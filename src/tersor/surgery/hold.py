@@ -26,22 +26,23 @@ def hold(layer: nn.Module, name: str, form: Form) -> nn.Module:
     form's own parts too, which is how forms nest.
     """
     bake(layer, name)
-    if name in layer._parameters or name in layer._buffers:
-        expected = getattr(layer, name)
-        if tuple(expected.shape) != form.shape:
-            raise OptionError(
-                f'a form of shape {form.shape} cannot hold "{name}" of {type(layer).__name__}, '
-                f"which has shape {tuple(expected.shape)}; encode that weight"
-            )
-        layer._parameters.pop(name, None)
-        layer._buffers.pop(name, None)
-        layer.__dict__.pop("_flat_weights", None)
-        layer.__class__ = _holding(type(layer), name)  # type: ignore[arg-type]
-    elif not isinstance(layer._modules.get(f"{name}_form"), Form):
+    plain = layer._parameters.get(name, layer._buffers.get(name))
+    before = form_of(layer, name) if plain is None else plain
+    if before is None:
         raise OptionError(
             f'{type(layer).__name__} has no parameter "{name}" to hold; it has '
             f"{sorted(layer._parameters)}"
         )
+    if tuple(before.shape) != form.shape:
+        raise OptionError(
+            f'a form of shape {form.shape} cannot hold "{name}" of {type(layer).__name__}, '
+            f"which has shape {tuple(before.shape)}; encode that weight"
+        )
+    if plain is not None:
+        layer._parameters.pop(name, None)
+        layer._buffers.pop(name, None)
+        layer.__dict__.pop("_flat_weights", None)
+        layer.__class__ = _holding(type(layer), name)  # type: ignore[arg-type]
     layer._modules.pop(f"{name}_form", None)
     layer.add_module(f"{name}_form", form)
     return layer
@@ -93,7 +94,7 @@ def held(model: nn.Module) -> Iterator[tuple[str, Form]]:
 @contextmanager
 def decoded(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block every held weight is decoded once and kept; outside it is not."""
-    forms = [form for _, form in held(model) if form._decoded is None]
+    forms = {form for _, form in held(model) if form._decoded is None}
     try:
         for form in forms:
             form._decoded = form.dense().detach()

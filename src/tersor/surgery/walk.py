@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tersor.errors import ModelError, OptionError
 from tersor.forms.form import Form
@@ -56,6 +57,8 @@ class Site:
 def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> list[Site]:
     """Every weight of two or more dimensions, by identity, in the order of `model.modules()`.
 
+    An empty weight, as some networks keep for a part that they do not use, is none.
+
     include, exclude: patterns (`*`, `?`, `[...]`) on the weight's name, its layer's path, or the
         layer's type ("layer1.*", "Linear"); a tied weight matches by any of its names
 
@@ -63,10 +66,9 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
     for a model without weights.
     """
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for path, layer in model.named_modules(remove_duplicate=False):
-        if not isinstance(layer, Form) and not _inside_form(model, path):
-            for attribute, identity in _weights(layer):
-                places.setdefault(identity, []).append((path, layer, attribute))
+    for path, layer in _layers(model):
+        for attribute, identity in _weights(layer):
+            places.setdefault(identity, []).append((path, layer, attribute))
     if not places:
         raise ModelError(
             f"{type(model).__name__} has no weights of two or more dimensions, so there is nothing "
@@ -123,6 +125,16 @@ def kind_of(layer: nn.Module) -> str:
     return name.removeprefix("Parametrized").replace("NonDynamicallyQuantizable", "")
 
 
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer under each of its paths, without forms, parametrizations and what is in them."""
+    inside: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Form | ParametrizationList) or id(module) in inside:
+            inside |= {id(child) for child in module.children()}
+        else:
+            yield path, module
+
+
 def _weights(layer: nn.Module) -> list[tuple[str, int]]:
     """(attribute, identity) of the weights that `layer` owns: plain, held or weight-normed."""
     found = []
@@ -130,7 +142,9 @@ def _weights(layer: nn.Module) -> list[tuple[str, int]]:
         if isinstance(child, Form) and len(child.shape) >= 2:
             found.append((name.removesuffix("_form"), id(child)))
     for name, parameter in layer._parameters.items():
-        if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+        if parameter is None or parameter.dim() < 2 or not parameter.numel():
+            continue
+        if not parameter.is_floating_point():
             continue
         if name.endswith("_v") and f"{name[:-2]}_g" in layer._parameters:
             found.append((name[:-2], id(parameter)))
@@ -140,11 +154,6 @@ def _weights(layer: nn.Module) -> list[tuple[str, int]]:
         if getattr(layer, name).dim() >= 2:
             found.append((name, id(parametrization)))
     return found
-
-
-def _inside_form(model: nn.Module, path: str) -> bool:
-    names = path.split(".")
-    return any(name.endswith("_form") for name in names) or "parametrizations" in names
 
 
 def _join(path: str, attribute: str) -> str:
@@ -169,11 +178,24 @@ def _select(sites: list[tuple[Site, set[str]]], patterns: Patterns, option: str)
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raises ModelError naming the first parameter or buffer that holds NaN or infinity."""
+    """Raises ModelError naming the first parameter with NaN or infinity, or buffer with NaN.
+
+    So it does for one without values, still to come. A buffer may hold infinities: masks do.
+    """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if is_lazy(tensor) or tensor.is_meta:
             raise ModelError(
-                f'"{name}" of shape {tuple(tensor.shape)} holds {bad} values that are NaN or '
-                "infinite; load a checkpoint that trained cleanly"
+                f'"{name}" has no values yet; run the network once if its layers are lazy, and '
+                "load its weights if it was built on the meta device"
+            )
+        if not tensor.is_floating_point():
+            continue
+        # Float8 knows neither test.
+        wide = tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()
+        bad = wide.isfinite().logical_not() if isinstance(tensor, nn.Parameter) else wide.isnan()
+        if bool(bad.any()):
+            raise ModelError(
+                f'"{name}" of shape {tuple(tensor.shape)} holds NaN or infinity in '
+                f"{int(bad.sum())} of its {tensor.numel()} values; load a checkpoint that trained "
+                "cleanly"
             )

@@ -4,7 +4,7 @@ from tersor.task.audio import audio_classification
 from tersor.task.data import Inputs
 from tersor.task.files import Table, npz_splits, read_npz, read_table
 from tersor.task.images import image_classification, image_folder
-from tersor.task.kinds import evaluating
+from tersor.task.kinds import call, evaluation_mode
 from tersor.task.language import language_model, sentence_pairs
 from tersor.task.makers import classification, regression
 from tersor.task.metrics import Metric
@@ -18,8 +18,9 @@ __all__ = [
     "Table",
     "Task",
     "audio_classification",
+    "call",
     "classification",
-    "evaluating",
+    "evaluation_mode",
     "image_classification",
     "image_folder",
     "language_model",

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tersor.errors import TaskError
-from tersor.task.data import Batch, Rows, as_tensor, finite, whole
-from tersor.task.language import SPLITS
+from tersor.task.data import Batch, Rows, as_tensor, check_count, finite, given
 from tersor.task.makers import classification_of, labels_of
 from tersor.task.task import Task
 
@@ -35,12 +34,10 @@ def audio_classification(
 
     channel: inputs (n, 1, length) as convolutions want them, instead of (n, length)
     """
-    whole(length, "length")
-    whole(batch_size, "batch_size")
+    check_count(length, "length")
+    check_count(batch_size, "batch_size")
     splits = {}
-    for name, source in zip(SPLITS, (test, train, calibration, holdout), strict=True):
-        if source is None:
-            continue
+    for name, source in given(test, train, calibration, holdout).items():
         waveforms, labels = source if isinstance(source, tuple) else (source, None)
         made = _waveforms(waveforms, name)
         numbers = labels_of(name, labels, len(made), classes)

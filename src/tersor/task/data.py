@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from tersor.errors import OptionError, TaskError
 
+SPLITS = ("test", "train", "calibration", "holdout")
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Batch: TypeAlias = tuple[Inputs, Tensor | None]
 
@@ -30,8 +31,9 @@ class Rows:
         order = torch.arange(self.count)
         if generator is not None:
             order = torch.randperm(self.count, generator=generator)
-        for positions in torch.split(order, self.batch_size):
-            yield self.gather(positions)
+        # Not torch.split, which gives one empty batch where there are no samples.
+        for start in range(0, self.count, self.batch_size):
+            yield self.gather(order[start : start + self.batch_size])
 
     def take(self, positions: Tensor) -> Rows:
         """Only the samples at `positions`."""
@@ -63,6 +65,12 @@ class Fixed:
 
 
 Split: TypeAlias = Rows | Stream | Fixed
+
+
+def given(*sources: Any) -> dict[str, Any]:
+    """The sources of test, train, calibration and holdout by name, without those that are None."""
+    named = zip(SPLITS, sources, strict=True)
+    return {name: source for name, source in named if source is not None}
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
@@ -98,6 +106,7 @@ def described(inputs: Inputs) -> str:
     parts = [
         f"{name} " * bool(name) + f"shape {tuple(t.shape)}, {str(t.dtype).removeprefix('torch.')}"
         for name, t in tensors_of(inputs).items()
+        if isinstance(t, Tensor)
     ]
     return "; ".join(parts)
 
@@ -155,7 +164,7 @@ def finite(tensor: Tensor, where: str) -> None:
             )
 
 
-def whole(value: object, name: str) -> int:
+def check_count(value: object, name: str) -> int:
     """`value` when it is a whole number of at least 1. Raises OptionError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OptionError(f"{name}={value!r} must be a whole number of at least 1")

@@ -51,10 +51,15 @@ def read_npz(path: File) -> dict[str, np.ndarray]:
     """Every array of an .npz file. Nothing in it is unpickled."""
     found = existing(path)
     try:
-        stored = np.load(found, allow_pickle=False)
-        if isinstance(stored, np.ndarray):
-            raise TaskError(f"{path} holds one array without a name; save it with np.savez")
-        with stored as arrays:
+        with found.open("rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                raise TaskError(f"{path} holds one array without a name; save it with np.savez")
+            if not zipfile.is_zipfile(file):
+                raise TaskError(
+                    f"{path} cannot be read as .npz: it is something else, or damaged; save arrays "
+                    "with np.savez"
+                )
+        with np.load(found, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise TaskError(

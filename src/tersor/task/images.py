@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from tersor.errors import MissingExtra, OptionError, TaskError
-from tersor.task.data import Batch, Rows, as_tensor, finite, whole
+from tersor.task.data import Batch, Rows, as_tensor, check_count, finite, given
 from tersor.task.files import File, existing
-from tersor.task.language import SPLITS
 from tersor.task.makers import classification_of, labels_of
 from tersor.task.task import Task
 
@@ -52,12 +51,10 @@ def image_classification(
     """
     if layout not in ("NCHW", "NHWC", "NHW"):
         raise OptionError(f'layout={layout!r} must be "NCHW", "NHWC" or "NHW"')
-    whole(batch_size, "batch_size")
+    check_count(batch_size, "batch_size")
     constants = _constants(mean, std)
     splits = {}
-    for name, source in zip(SPLITS, (test, train, calibration, holdout), strict=True):
-        if source is None:
-            continue
+    for name, source in given(test, train, calibration, holdout).items():
         pixels, labels = source if isinstance(source, tuple) else (source, None)
         made = _pixels(pixels, layout, name)
         numbers = labels_of(name, labels, len(made), classes)
@@ -81,8 +78,8 @@ def image_folder(
     size: the shorter side is resized to it, and the middle `size` x `size` pixels kept
     mean, std: per channel, for pixels 0..1
     """
-    whole(size, "size")
-    whole(batch_size, "batch_size")
+    check_count(size, "size")
+    check_count(batch_size, "batch_size")
     _pillow()
     root = existing(path)
     parts = {

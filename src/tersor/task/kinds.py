@@ -18,11 +18,16 @@ Pooling: TypeAlias = Literal["mean", "cls"] | None
 
 # Rows of like length that run together; more waste padding, fewer waste the processor.
 GROUP = 32
+# So many logits do not all lie between 0 and 1 by chance.
+MANY = 16
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the model is in evaluation mode and records no gradients."""
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block the model is in evaluation mode and records no gradients.
+
+    Each module's own mode comes back after. `measure.evaluating` also decodes forms just once.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -55,8 +60,15 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TaskError(
             f"the model does not accept this data: inputs of {described(inputs)}; torch says: "
-            f"{first}. Give it data as it was trained on"
+            f"{first}. {_way_out(model, first)}"
         ) from error
+
+
+def _way_out(model: nn.Module, said: str) -> str:
+    kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
+    if "dtype" in said and kinds & {"float64", "float16", "bfloat16"}:
+        return "Numbers from a task are float32: call model.float() first"
+    return "Give it data as it was trained on"
 
 
 def tensor_in(answer: Any, *names: str) -> Tensor:
@@ -94,8 +106,19 @@ def logits(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """True where each row is non-negative and sums to 1, as logits never are."""
-    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all())
+    """True where each row is non-negative and sums to 1 within its type's precision.
+
+    Logits never do.
+    """
+    rounding = max(1e-3, torch.finfo(outputs.dtype).eps if outputs.is_floating_point() else 0)
+    apart = (outputs.float().sum(1) - 1).abs()
+    return bool((outputs >= 0).all()) and bool((apart < rounding).all())
+
+
+def is_one_share(outputs: Tensor) -> bool:
+    """True where the logit of class 1 stands alone and lies in 0..1 for every row of many."""
+    alone = outputs.shape[1] == 2 and not bool(outputs[:, 0].any())
+    return alone and len(outputs) >= MANY and bool(((outputs >= 0) & (outputs <= 1)).all())
 
 
 def values(model: nn.Module, inputs: Inputs) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from tersor.errors import OptionError, TaskError
-from tersor.task.data import Batch, Rows, Split, Stream, as_tensor, whole
+from tersor.task.data import Batch, Rows, Split, Stream, as_tensor, check_count, given
 from tersor.task.kinds import Pooling
 from tersor.task.makers import again, is_loader
 from tersor.task.metrics import EMBEDDING, LANGUAGE
 from tersor.task.task import Task
 from tersor.task.tokens import encode, padded, padding_of, token_ids, tokenizer_from
 
-SPLITS = ("test", "train", "calibration", "holdout")
 # Two sentences, and how alike they are.
 Pair: TypeAlias = Sequence[Any]
 
@@ -44,20 +43,18 @@ def language_model(
       document on its own, from its first `max_length` tokens
     batch_size: blocks at a time; documents always run one at a time, so that none is padded
     """
-    whole(max_length, "max_length")
-    whole(batch_size, "batch_size")
+    check_count(max_length, "max_length")
+    check_count(batch_size, "batch_size")
     notes: list[str] = []
     reader = tokenizer_from(tokenizer)
     splits: dict[str, Split] = {}
-    for name, source in zip(SPLITS, (test, train, calibration, holdout), strict=True):
-        if source is None:
-            continue
+    for name, source in given(test, train, calibration, holdout).items():
         if is_loader(source):
             splits[name] = Stream(again(source, name), partial(_loaded_blocks, name=name))
             continue
         documents = _documents(source, name, reader)
         if length is not None:
-            documents = _blocks(documents, whole(length, "length"), name, notes)
+            documents = _blocks(documents, check_count(length, "length"), name, notes)
         elif len(documents) == 1 and not isinstance(source, list):
             raise OptionError(f"{name} is one long text; give length, the tokens of a block")
         else:
@@ -93,14 +90,13 @@ def sentence_pairs(
         raise OptionError(f'pooling={pooling!r} must be "mean", "cls" or None')
     if len(score_range) != 2 or not score_range[0] < score_range[1]:
         raise OptionError(f"score_range={score_range!r} must be two rising numbers")
-    whole(batch_size, "batch_size")
-    whole(max_length, "max_length")
+    check_count(batch_size, "batch_size")
+    check_count(max_length, "max_length")
     reader = tokenizer_from(tokenizer)
     splits: dict[str, Split] = {}
-    for name, pairs in zip(SPLITS, (test, train, calibration, holdout), strict=True):
-        if pairs is not None:
-            scores = _scores(pairs, name, score_range)
-            splits[name] = _pair_rows(pairs, scores, reader, max_length, batch_size)
+    for name, pairs in given(test, train, calibration, holdout).items():
+        scores = _scores(pairs, name, score_range)
+        splits[name] = _pair_rows(pairs, scores, reader, max_length, batch_size)
     return Task("embedding", EMBEDDING, splits, pooling=pooling, score_range=score_range)
 
 

@@ -24,11 +24,12 @@ from tersor.task.data import (
     apply,
     as_inputs,
     as_tensor,
+    check_count,
     finite,
+    given,
     in_order,
     rows_in,
     tensors_of,
-    whole,
 )
 from tersor.task.metrics import CLASSIFICATION, REGRESSION, Metric, chosen
 from tersor.task.task import Task
@@ -61,8 +62,8 @@ def classification(
     labels: (n,) integers from 0. Raises TaskError for data that is empty, not finite, of unequal
     lengths or of another type.
     """
-    given = (test, train, calibration, holdout)
-    splits = splits_of(given, partial(as_labels, classes=classes), batch_size)
+    sources = given(test, train, calibration, holdout)
+    splits = splits_of(sources, partial(as_labels, classes=classes), batch_size)
     return classification_of(splits, classes, metrics)
 
 
@@ -79,7 +80,7 @@ def regression(
 
     metrics: among r2, mae, mse, rmse, spearman, pearson; the first leads
     """
-    splits = splits_of((test, train, calibration, holdout), as_amounts, batch_size)
+    splits = splits_of(given(test, train, calibration, holdout), as_amounts, batch_size)
     return Task("regression", chosen(metrics, REGRESSION), splits)
 
 
@@ -96,16 +97,13 @@ def classification_of(
     return Task("classification", found, splits, classes=names)
 
 
-def splits_of(given: Sequence[Any], read: Reader, batch_size: int) -> dict[str, Split]:
-    """Test, train, calibration and holdout as splits; those that are None are left out."""
-    whole(batch_size, "batch_size")
-    splits: dict[str, Split] = {}
-    for name, source in zip(("test", "train", "calibration", "holdout"), given, strict=True):
-        if isinstance(source, Rows):
-            splits[name] = source
-        elif source is not None:
-            splits[name] = _split(source, name, read, batch_size)
-    return splits
+def splits_of(sources: Mapping[str, Any], read: Reader, batch_size: int) -> dict[str, Split]:
+    """Each source as a split."""
+    check_count(batch_size, "batch_size")
+    return {
+        name: source if isinstance(source, Rows) else _split(source, name, read, batch_size)
+        for name, source in sources.items()
+    }
 
 
 def rows(inputs: Inputs, targets: Tensor | None, batch_size: int) -> Rows:

@@ -106,7 +106,7 @@ class Task:
         if self.kind == "language":
             outputs = kinds.next_tokens(model, inputs).float()
         else:
-            outputs = self._as_logits(kinds.logits(model, inputs).float())
+            outputs = self._as_logits(kinds.logits(model, inputs)).float()
         if outputs.shape[1] <= self._top_label:
             raise TaskError(
                 f"labels reach {self._top_label} but the model gives {outputs.shape[1]} classes; "
@@ -155,7 +155,7 @@ class Task:
         if on not in ("test", "train"):
             raise OptionError(f'on={on!r} has no labels; use "test" or "train"')
         found: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
-        with kinds.evaluating(model):
+        with kinds.evaluation_mode(model):
             for inputs, targets in self._labelled(on):
                 outputs = self.predict(model, inputs).cpu()
                 rows = self.targets(inputs, targets)
@@ -164,13 +164,15 @@ class Task:
         return {name: m.reduce(torch.cat(found[name])) for name, m in self.metrics.items()}
 
     def fingerprint(self) -> str:
-        """sha256 of the calibration inputs, the test data and the settings: a key for caches."""
+        """sha256 of the unlabelled inputs, the test data and the settings: a key for caches."""
         if self._fingerprint is None:
             digest = hashlib.sha256()
             settings = [self.kind, list(self.metrics), self.classes, self._pooling]
             digest.update(json.dumps([*settings, self._score_range]).encode())
-            for inputs in self.calibration():
-                _hash(digest, inputs)
+            for name in ("calibration", "holdout"):
+                digest.update(name.encode())
+                for inputs in self._unlabelled(name, None):
+                    _hash(digest, inputs)
             if self.has_test:
                 for inputs, targets in self.test():
                     _hash(digest, inputs)
@@ -214,12 +216,19 @@ class Task:
             raise TaskError(f"the {name} data is empty; a loader must be readable more than once")
 
     def _as_logits(self, outputs: Tensor) -> Tensor:
-        if not kinds.are_probabilities(outputs.detach()):
-            return outputs
-        note = "the model gives probabilities; their logarithms are used as logits"
+        if kinds.are_probabilities(outputs.detach()):
+            self._note("the model gives probabilities; their logarithms are used as logits")
+            return outputs.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+        if kinds.is_one_share(outputs.detach()):
+            self._note(
+                "the model gives one value from 0 to 1 for each sample, which is read as the logit "
+                "of class 1; if it is a probability, let the model return what its sigmoid is given"
+            )
+        return outputs
+
+    def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
-        return outputs.clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def _hash(digest: Any, inputs: Inputs) -> None:

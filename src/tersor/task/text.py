@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from tersor.errors import TaskError
-from tersor.task.data import Batch, Rows, whole
+from tersor.task.data import Batch, Rows, check_count, given
 from tersor.task.files import File, Table, read_table
-from tersor.task.language import SPLITS, Pair
+from tersor.task.language import Pair
 from tersor.task.makers import classification_of
 from tersor.task.tabular import class_names, label_numbers
 from tersor.task.task import Task
@@ -41,13 +41,12 @@ def text_classification(
 
     A batch is a dictionary with input_ids and attention_mask, padded to its longest text.
     """
-    whole(max_length, "max_length")
-    whole(batch_size, "batch_size")
+    check_count(max_length, "max_length")
+    check_count(batch_size, "batch_size")
     reader = tokenizer_from(tokenizer)
     tables = {
         name: _table(source, (text, label), columns)
-        for name, source in zip(SPLITS, (test, train, calibration, holdout), strict=True)
-        if source is not None
+        for name, source in given(test, train, calibration, holdout).items()
     }
     labelled = [table for name, table in tables.items() if name in ("test", "train")]
     classes = class_names(labelled, label)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.errors import ModelError, OptionError, TaskError
+from tersor.measure import evaluating
 from tersor.recipe import Outcome, method
-from tersor.surgery.hold import decoded
 from tersor.surgery.walk import kind_of
-from tersor.task import Inputs, Task, evaluating
+from tersor.task import Inputs, Task
 
 Norms = dict[str, _BatchNorm]
 # Number of values, their sum and their sum of squares, per channel.
@@ -66,7 +66,7 @@ def batchnorm(
             "recover.batchnorm judges itself on held-out inputs and the task has none; "
             "give it more samples, or holdout=inputs"
         )
-    with evaluating(original), evaluating(model), decoded(original), decoded(model):
+    with evaluating(original), evaluating(model):
         wanted = [task.predict(original, inputs) for inputs in held_out]
         before = _divergence(model, task, held_out, wanted)
         saved = {name: _statistics_of(norm) for name, norm in norms.items()}

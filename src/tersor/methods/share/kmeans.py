@@ -83,11 +83,11 @@ def _lloyd(ordered: Tensor, centers: Tensor) -> Tensor:
     """Lloyd's iteration. In one dimension a cluster is a stretch of the sorted weights."""
     total = nn.functional.pad(ordered.cumsum(0), (1, 0))
     ends = torch.tensor([0, ordered.numel()], device=ordered.device)
-    edges = ends
+    edges: Tensor | None = None
     for _ in range(_MOST_ROUNDS):
         inner = torch.searchsorted(ordered, (centers[1:] + centers[:-1]) / 2, right=True)
         before, edges = edges, torch.cat((ends[:1], inner, ends[1:]))
-        if torch.equal(before, edges):
+        if before is not None and torch.equal(before, edges):
             break
         counts = edges.diff()
         centers = torch.where(counts > 0, total[edges].diff() / counts.clamp(min=1), centers)

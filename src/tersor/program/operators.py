@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch._ops import OpOverload
 
-from tersor.codec.operator_guards import GUARDS, scalar
+from tersor.program.guards import GUARDS, scalar
 
 # "add.Tensor" is an overload of aten.add; a bare "relu" is relu.default. A trailing "+_" says that
 # the in-place operator of the same overload is allowed too.

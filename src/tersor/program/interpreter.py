@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.codec.containers import Container, Record
-from tersor.codec.operators import CONSTANT, WEIGHT, resolve
-from tersor.codec.program import Fixed, Model, Named, Node, Program, Ref, split_name
-from tersor.codec.program_inputs import Arguments
 from tersor.errors import FileError, ModelError
+from tersor.program.inputs import Arguments
+from tersor.program.operators import CONSTANT, WEIGHT, resolve
+from tersor.program.program import Fixed, Model, Named, Node, Program, Ref, split_name
+from tersor.program.skeleton import Container, Record
 
 
 class Interpreted(Container):

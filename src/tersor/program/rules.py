@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tersor.codec.operators import CONSTANT, ITEM, NUMEL, SIZE, WEIGHT, known, overload
-from tersor.codec.program import Model, Named, Node, Program, Ref, slots
+from tersor.program.operators import CONSTANT, ITEM, NUMEL, SIZE, WEIGHT, known, overload
+from tersor.program.program import Model, Named, Node, Program, Ref, slots
 
 
 class BrokenRule(ValueError):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.program import Program
-from tersor.codec.trace import trace
 from tersor.errors import ExportError
+from tersor.program.interpreter import Interpreted
+from tersor.program.program import Program
+from tersor.program.trace import trace
 from tersor.surgery.hold import decoded, held, release_all
 
 Example = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]

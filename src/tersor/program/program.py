@@ -78,10 +78,23 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """What a free size may be, low..high (None: no limit), and what it was when traced."""
+
+    low: int
+    high: int | None
+    traced: int
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
-    """An input tensor. Each dimension is a fixed size, a free `Size`, or None for unchecked."""
+    """An input tensor. Each dimension is a fixed size, a free `Size`, or None for unchecked.
+
+    dtype: of the example; `Model.DTYPE` where it was the model's own
+    """
 
     shape: tuple[int | Size | None, ...]
+    dtype: torch.dtype | Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +117,7 @@ class Program:
     """The forward pass of a network, and what is needed to rebuild a module around it.
 
     inputs: name of each argument -> tree of `Slot` and `Fixed` (tuples, lists, `Named`)
-    sizes: smallest and largest (None: no limit) value of each free size
+    sizes: what each free size may be, by the number that `Size.symbol` has
     weights: names of the parameters and buffers, in the order of the "weight" nodes
     constant_names: the same for the "constant" nodes; `constants` has the tensors
     output: tree of `Ref`s and literals
@@ -115,7 +128,7 @@ class Program:
     """
 
     inputs: Mapping[str, Any]
-    sizes: tuple[tuple[int, int | None], ...]
+    sizes: tuple[Span, ...]
     weights: tuple[str, ...]
     constant_names: tuple[str, ...]
     nodes: tuple[Node, ...]
@@ -135,7 +148,7 @@ class Program:
     @staticmethod
     def from_json(data: bytes | str, constants: Mapping[str, Tensor] | None = None) -> Program:
         """Reads what `to_json` wrote; anything else raises a FileError saying what is wrong."""
-        from tersor.codec.program_reader import read_program
+        from tersor.program.reader import read_program
 
         return read_program(data, constants or {})
 
@@ -174,7 +187,7 @@ def _encode(program: Program) -> dict[str, Any]:
     return {
         "program": VERSION,
         "inputs": [[name, _encode_input(tree)] for name, tree in program.inputs.items()],
-        "sizes": [list(bounds) for bounds in program.sizes],
+        "sizes": [[span.low, span.high, span.traced] for span in program.sizes],
         "kinds": kinds,
         "modules": list(modules.values()),
         "weights": [[places[path], leaf] for path, leaf in weights],
@@ -219,7 +232,7 @@ def _encode_value(value: Any, at: int) -> Any:
 def _encode_input(tree: Any) -> Any:
     match tree:
         case Slot():
-            return [_encode_size(size) for size in tree.shape]
+            return [_encode_value(tree.dtype, 0), *(_encode_size(size) for size in tree.shape)]
         case Fixed():
             return {"value": _encode_value(tree.value, 0)}
         case Named():

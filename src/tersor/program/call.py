@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.codec.program import Fixed, Named, Ref, Slot
 from tersor.errors import ExportError
+from tersor.program.program import Fixed, Named, Ref, Slot
 
 
 class Untraceable(Exception):
@@ -111,7 +111,7 @@ def _fields(value: Any) -> Mapping[Any, Any] | None:
 def _input_tree(value: Any, name: str, found: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         found.append(value)
-        return Slot(tuple(value.shape))
+        return Slot(tuple(value.shape), value.dtype)
     if value is None or isinstance(value, bool | int | float | str):
         return Fixed(value)
     if type(value) in (tuple, list):
@@ -135,12 +135,12 @@ def _rebuilt(tree: Any, given: Iterator[Tensor]) -> Any:
     return type(tree)([_rebuilt(part, given) for part in tree])
 
 
-def reshaped(tree: Any, shapes: Iterator[tuple[Any, ...]]) -> Any:
-    """The tree of inputs with the shape of each slot replaced by the next of `shapes`."""
-    build: Callable[[Any], Any] = lambda part: reshaped(part, shapes)  # noqa: E731
+def with_slots(tree: Any, supply: Iterator[Slot]) -> Any:
+    """The tree of inputs with each slot replaced by the next of `supply`."""
+    build: Callable[[Any], Any] = lambda part: with_slots(part, supply)  # noqa: E731
     match tree:
         case Slot():
-            return Slot(next(shapes))
+            return next(supply)
         case Fixed():
             return tree
         case Named():

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.codec.program import split_name
 from tersor.errors import FileError
+from tersor.program.program import split_name
 
 
 class Container(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tersor.codec.program import Fixed, Named, Program, Size, Slot, slots
 from tersor.errors import ModelError
+from tersor.program.program import Fixed, Named, Program, Size, Slot, slots
 
 
 class Arguments:
@@ -94,10 +94,10 @@ class Arguments:
             raise ModelError(f"{where} is {actual}, but must be {size.factor} n + {size.offset}")
         else:
             free = (actual - size.offset) // size.factor
-        low, high = self._sizes[size.symbol]
-        if free < low or (high is not None and free > high):
-            least = low * size.factor + size.offset
-            most = "" if high is None else f"..{high * size.factor + size.offset}"
+        span = self._sizes[size.symbol]
+        if free < span.low or (span.high is not None and free > span.high):
+            least = span.low * size.factor + size.offset
+            most = "" if span.high is None else f"..{span.high * size.factor + size.offset}"
             raise ModelError(
                 f"{where} is {actual}; the model works for {least}{most or ' and more'}"
             )

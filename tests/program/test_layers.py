@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tersor.codec.containers import Container, skeleton
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.program import Program
-from tersor.codec.trace import trace
 from tersor.errors import ModelError
+from tersor.program.interpreter import Interpreted
+from tersor.program.program import Program
+from tersor.program.skeleton import Container, skeleton
+from tersor.program.trace import trace
 
 
 def rebuilt(model, args=(), kwargs=None):

@@ -7,10 +7,11 @@ outside the allowlist, and outputs that are no tensors, numbers or containers of
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -19,15 +20,15 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as symbolic_config
 
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.operators import CONSTANT, WEIGHT
-from tersor.codec.program import Named, Program, Ref, Size, slots
-from tersor.codec.program_rules import BrokenRule, check_program
-from tersor.codec.trace_call import Call, Untraceable, call_of
-from tersor.codec.trace_graph import Writer
-from tersor.codec.trace_recurrent import whole_recurrences
-from tersor.codec.trace_sizes import Sizes
 from tersor.errors import CompressError, ExportError
+from tersor.program.call import Call, Untraceable, call_of
+from tersor.program.graph import Writer
+from tersor.program.interpreter import Interpreted
+from tersor.program.operators import CONSTANT, WEIGHT
+from tersor.program.program import Named, Program, Ref, Size, slots
+from tersor.program.recurrent import whole_recurrences
+from tersor.program.rules import BrokenRule, check_program
+from tersor.program.sizes import Sizes
 
 WAY_OUT = (
     "save(..., graph=False) stores the weights alone; load them with load(path, into=your_model)"
@@ -140,10 +141,10 @@ def _converted(exported: ExportedProgram, call: Call, inputs: int) -> Program:
             raise Untraceable(f"it uses {target}, a {spec.kind.name.lower()} that is no tensor")
     leaves = writer.walk(exported.graph_module, given)
     constants = {f"constant_{i}": tensors[t] for i, t in enumerate(writer.fetched[CONSTANT])}
-    sizes = Sizes(exported, call)
+    sizes = Sizes(exported, call, dtype)
     return Program(
         inputs=sizes.inputs,
-        sizes=sizes.bounds,
+        sizes=tuple(sizes.spans),
         weights=tuple(writer.fetched[WEIGHT]),
         constant_names=tuple(constants),
         nodes=tuple(writer.nodes),
@@ -245,12 +246,12 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the warnings of torch.export about specialized sizes away: `static` says it."""
+    """Keeps away what torch.export says of sizes (`static` says it), and the graphs it prints."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

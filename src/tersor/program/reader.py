@@ -11,10 +11,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tersor.codec.operators import CONSTANT, WEIGHT, known
-from tersor.codec.program import (
+from tersor.errors import FileError
+from tersor.program.operators import CONSTANT, WEIGHT, known
+from tersor.program.program import (
     DTYPES,
     FLOATS,
     MEMORY_FORMATS,
@@ -27,16 +29,18 @@ from tersor.codec.program import (
     Ref,
     Size,
     Slot,
+    Span,
     slots,
 )
-from tersor.codec.program_rules import BrokenRule, check_program
-from tersor.errors import FileError
+from tersor.program.rules import BrokenRule, check_program
 
 LONGEST_FILE = 64 * 2**20
 LONGEST_LIST = 500_000
 LONGEST_ARGUMENT = 4096
 LONGEST_TEXT = 512
 LARGEST_INTEGER = 2**63
+LARGEST_SIZE = 2**40
+"""Of a dimension that inputs had when traced."""
 DEEPEST = 8
 
 _FIELDS = {
@@ -103,11 +107,11 @@ def _program(fields: dict[str, Any], constants: Mapping[str, Tensor]) -> Program
     names = tuple(_name(name) for name in _list(fields["constants"], "constants"))
     _expect(len(set(weights)) == len(weights), "a weight is listed twice")
     _expect(len(set(names)) == len(names), "a constant is listed twice")
-    sizes = tuple(_bounds(entry) for entry in _list(fields["sizes"], "sizes"))
+    sizes = tuple(_span(entry) for entry in _list(fields["sizes"], "sizes"))
     inputs: dict[str, Any] = {}
     for name, tree in (_pair(entry, "an input") for entry in _list(fields["inputs"], "inputs")):
         _expect(_name(name) not in inputs, f'input "{name}" is listed twice')
-        inputs[name] = _input(tree, len(sizes), 0)
+        inputs[name] = _input(tree, sizes, 0)
     operators = [_operator(name) for name in _list(fields["operators"], "operators")]
     first = len(slots(inputs))
     nodes = _nodes(_list(fields["nodes"], "nodes"), operators, first, (len(weights), len(names)))
@@ -196,18 +200,20 @@ def _value(coded: Any, at: int, depth: int) -> Any:
     return Model(text)
 
 
-def _input(coded: Any, symbols: int, depth: int) -> Any:
+def _input(coded: Any, sizes: tuple[Span, ...], depth: int) -> Any:
     _expect(depth < DEEPEST, "inputs are nested too deeply")
     if isinstance(coded, list):
-        _expect(len(coded) <= 64, "an input has more than 64 dimensions")
-        return Slot(tuple(_size(size, symbols) for size in coded))
+        _expect(1 <= len(coded) <= 65, "an input is not a type and at most 64 dimensions")
+        dtype = _value(coded[0], 0, 0)
+        _expect(dtype is Model.DTYPE or isinstance(dtype, torch.dtype), "an input has no type")
+        return Slot(tuple(_size(size, sizes) for size in coded[1:]), dtype)
     kind, content = _tagged(coded)
     if kind == "value":
         _expect(not isinstance(content, list), "a fixed input is a list")
         value = _value(content, 0, 0)
         _expect(value is None or isinstance(value, str | bool | int | float), "bad fixed input")
         return Fixed(value)
-    return _branches(kind, content, lambda part: _input(part, symbols, depth + 1))
+    return _branches(kind, content, lambda part: _input(part, sizes, depth + 1))
 
 
 def _output(coded: Any, at: int, depth: int) -> Any:
@@ -240,21 +246,28 @@ def _tagged(coded: Any) -> tuple[str, Any]:
     return next(iter(coded.items()))
 
 
-def _size(coded: Any, symbols: int) -> int | Size | None:
+def _size(coded: Any, sizes: tuple[Span, ...]) -> int | Size | None:
     if isinstance(coded, list):
         _expect(len(coded) in (1, 3), "a free size is not [symbol] or [symbol, factor, offset]")
         _expect(all(type(part) is int for part in coded), "a free size is not of integers")
-        _expect(0 <= coded[0] < symbols, "a free size has no bounds")
+        _expect(0 <= coded[0] < len(sizes), "a free size has no bounds")
         _expect(len(coded) == 1 or 1 <= coded[1] <= 2**31, "a free size has a bad factor")
-        return Size(*coded)
+        size = Size(*coded)
+        traced = size.factor * sizes[size.symbol].traced + size.offset
+        _expect(0 <= traced <= LARGEST_SIZE, f"an input was traced with a size of {traced}")
+        return size
     _expect(coded is None or (type(coded) is int and coded >= 0), "a size is not a natural number")
     return coded  # type: ignore[no-any-return]
 
 
-def _bounds(coded: Any) -> tuple[int, int | None]:
-    low, high = _pair(coded, "a size")
+def _span(coded: Any) -> Span:
+    _expect(isinstance(coded, list) and len(coded) == 3, "a size is not [low, high, traced]")
+    low, high, traced = coded
     _expect(type(low) is int and (high is None or type(high) is int), "bounds are not integers")
-    return low, high
+    _expect(type(traced) is int, "the size that was traced is not an integer")
+    most = LARGEST_SIZE if high is None else min(high, LARGEST_SIZE)
+    _expect(max(low, 0) <= traced <= most, f"the size {traced} that was traced is out of bounds")
+    return Span(low, high, traced)
 
 
 def _operator(name: Any) -> str:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.trace import trace
 from tersor.errors import ExportError, ModelError
+from tersor.program.interpreter import Interpreted
+from tersor.program.trace import trace
 
 
 class Scaled(nn.Linear):
@@ -43,6 +43,12 @@ def test_inputs_that_do_not_fit_are_refused(args, kwargs, message):
 class ByValue(nn.Linear):
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else x
+
+
+def test_torch_prints_nothing_of_a_model_that_it_cannot_trace(capfd):
+    with pytest.raises(ExportError, match="data-dependent"):
+        trace(ByValue(4, 4), (torch.rand(2, 4),))
+    assert capfd.readouterr() == ("", "")
 
 
 class Random(nn.Linear):

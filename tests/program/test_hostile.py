@@ -10,20 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tersor.codec.containers import skeleton
-from tersor.codec.interpreter import Interpreted
-from tersor.codec.operators import ATEN, overload
-from tersor.codec.program import Program
-from tersor.codec.trace import trace
 from tersor.errors import CompressError, FileError, ModelError
+from tersor.program.interpreter import Interpreted
+from tersor.program.operators import ATEN, overload
+from tersor.program.program import Program
+from tersor.program.skeleton import skeleton
+from tersor.program.trace import trace
 
 
 def fields(*nodes, operators=(), output="^1", **changed):
     """A small program: one input "x" of any 2-d shape, then `nodes`."""
     return {
         "program": 1,
-        "inputs": [["x", [[0], [1]]]],
-        "sizes": [[0, None], [0, None]],
+        "inputs": [["x", ["~", [0], [1]]]],
+        "sizes": [[0, None, 2], [0, None, 2]],
         "kinds": ["Linear"],
         "modules": [["fc", 0]],
         "weights": [],
@@ -125,17 +125,37 @@ BROKEN = {
     "boolean operator": (fields([False, "^1"], operators=["relu.default"]), "no operator's number"),
     "weight listed twice": (fields(weights=[[0, "a"], [0, "a"]]), "a weight is listed twice"),
     "module listed twice": (fields(modules=[["a", 0], ["a", 0]]), "a module is listed twice"),
-    "input listed twice": (fields(inputs=[["x", []], ["x", []]]), 'input "x" is listed twice'),
+    "input listed twice": (
+        fields(inputs=[["x", ["~"]], ["x", ["~"]]]),
+        'input "x" is listed twice',
+    ),
     "output": (fields(output="^2"), "not an earlier value"),
     "output structure": (fields(output={"set": []}), "'set' is no kind of structure"),
     "private field": (fields(output={"record": [["__class__", "^1"]]}), "a field starts with _"),
-    "size": (fields(inputs=[["x", [-1]]]), "a size is not a natural number"),
-    "unbounded symbol": (fields(inputs=[["x", [[2]]]]), "a free size has no bounds"),
-    "zero factor": (fields(inputs=[["x", [[0, 0, 0]]]]), "a bad factor"),
+    "size": (fields(inputs=[["x", ["~", -1]]]), "a size is not a natural number"),
+    "unbounded symbol": (fields(inputs=[["x", ["~", [2]]]]), "a free size has no bounds"),
+    "zero factor": (fields(inputs=[["x", ["~", [0, 0, 0]]]]), "a bad factor"),
+    "no type": (fields(inputs=[["x", []]]), "an input is not a type and at most 64 dimensions"),
+    "many dimensions": (fields(inputs=[["x", ["~"] + [1] * 65]]), "at most 64 dimensions"),
+    "size for a type": (fields(inputs=[["x", [[0], [1]]]]), "an input has no type"),
+    "text for a type": (fields(inputs=[["x", ["'float32", [0]]]]), "an input has no type"),
+    "device for a type": (fields(inputs=[["x", ["@", [0]]]]), "an input has no type"),
+    "type of an input": (fields(inputs=[["x", [":object", [0]]]]), "':object' is unknown"),
+    "size without its value": (fields(sizes=[[0, None], [0, None]]), "is not [low, high, traced]"),
+    "boolean bound": (fields(sizes=[[False, None, 2], [0, None, 2]]), "bounds are not integers"),
+    "boolean value": (fields(sizes=[[0, None, True], [0, None, 2]]), "is not an integer"),
+    "broken value": (fields(sizes=[[0, None, 2.0], [0, None, 2]]), "is not an integer"),
+    "no value": (fields(sizes=[[0, None, None], [0, None, 2]]), "is not an integer"),
+    "value below": (fields(sizes=[[3, None, 2], [0, None, 2]]), "the size 2 that was traced"),
+    "value above": (fields(sizes=[[0, 1, 2], [0, None, 2]]), "the size 2 that was traced"),
+    "negative value": (fields(sizes=[[-9, None, -1], [0, None, 2]]), "the size -1 that was"),
+    "large value": (fields(sizes=[[0, None, 2**40 + 1], [0, None, 2]]), "that was traced is out"),
+    "negative size": (fields(inputs=[["x", ["~", [0, 1, -3]]]]), "traced with a size of -1"),
+    "large size": (fields(inputs=[["x", ["~", [0, 2**31, 2**40]]]]), "traced with a size of"),
     "dtype": (fields(dtype="int64"), "the dtype is not a floating one"),
     "large integer": (fields([0, 2**63], operators=["relu.default"]), "does not fit 64 bits"),
     "huge integer": (
-        json.dumps(fields(sizes=[[0, 5]])).replace("5", "5" * 9000),
+        json.dumps(fields(sizes=[[0, 5, 2]])).replace("5", "5" * 9000),
         "does not fit 64 bits",
     ),
     "deep list": (
@@ -241,7 +261,7 @@ def test_names_that_clash_with_module_attributes_are_refused():
 
 
 def test_input_names_that_python_cannot_say_still_work():
-    program = fields([0, "^1"], operators=["relu.default"], inputs=[["class", [[0], [1]]]])
+    program = fields([0, "^1"], operators=["relu.default"], inputs=[["class", ["~", [0], [1]]]])
     assert run(program, -torch.ones(1, 1)).item() == 0
 
 
