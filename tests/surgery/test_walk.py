@@ -219,3 +219,11 @@ def test_what_cannot_be_copied_is_named():
     model.seen = model(torch.ones(1, 4))
     with pytest.raises(ModelError, match="Sequential cannot be copied: Only Tensors created"):
         plain_copy(model)
+
+
+def test_a_spectral_norm_is_copied_as_it_evaluates():
+    made = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).train()
+    state = {name: value.clone() for name, value in made.state_dict().items()}
+    plain = plain_copy(made)
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+    assert torch.equal(plain.weight, made.eval().weight)

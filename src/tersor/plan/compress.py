@@ -78,7 +78,7 @@ def compress(
     steps = recipe.as_json() if isinstance(recipe, Recipe) else recipe
     # Before the folder is made: what cannot be used leaves nothing behind.
     check_job(model, task, limits, example=example, recipe=steps, seed=seed)
-    original = plain_copy(model).eval()
+    original = plain_copy(model)
     job = {
         "tersor": VERSION,
         "model": model_hash(original),

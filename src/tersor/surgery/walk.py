@@ -99,12 +99,13 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy whose weights are plain or held: parametrizations and weight norms are computed out.
 
-    What torch.compile wrapped is copied without its wrapper. Raises ModelError where it cannot be
-    copied.
+    The copy is in evaluation mode, and what torch.compile wrapped is without its wrapper. Raises
+    ModelError where it cannot be copied.
     """
     inner = getattr(model, "_orig_mod", model)
     try:
-        copied: nn.Module = copy.deepcopy(inner)
+        # Evaluation: in training, a spectral norm changes with every look at it.
+        copied: nn.Module = copy.deepcopy(inner).eval()
     # Whatever an attribute's own copying raises.
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
