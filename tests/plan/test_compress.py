@@ -7,11 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from tersor.codec import load
 from tersor.errors import BudgetError, ModelError, OptionError, OutputError, TaskError
@@ -389,11 +391,14 @@ def test_a_second_run_at_once_is_refused(trained, task, tmp_path, monkeypatch):
 
 def test_what_cannot_be_used_leaves_no_folder(trained, task, tmp_path):
     wide = classification(test=(torch.randn(9, 2, 8, 8), torch.zeros(9, dtype=torch.int64)))
+    locked = Blobs()
+    locked.lock = threading.Lock()
     order = [{"method": "quantize.rtn"}, {"method": "prune.magnitude"}]
     for error, given in [
         (TaskError, {"task": wide, "budget": "size=0.6x"}),
         (TaskError, {"task": blobs(9, 1)}),
         (ModelError, {"model": trained.state_dict()}),
+        (ModelError, {"model": locked}),
         (OptionError, {"recipe": order}),
         (OptionError, {"recipe": []}),
         (OptionError, {"seed": -1}),
@@ -437,3 +442,32 @@ def test_one_small_weight_can_have_a_limit_on_quality_alone(tmp_path):
     x = torch.randn(64, 1, 8, 8)
     same = classification(test=(x, tiny(x).argmax(1)), calibration=x)
     assert compress(tiny, same, "drop=5", run=tmp_path / "run").report["met"]
+
+
+class Normed(nn.Module):
+    """A weight-normed layer that stays as it is, and one that is worth compressing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = parametrizations.weight_norm(nn.Linear(64, 4))
+        self.wide = nn.Linear(4, 512)
+
+    def forward(self, x):
+        return self.wide(self.first(x.flatten(1)))
+
+
+def test_weight_norms_are_computed_out_whatever_form_they_get(task, tmp_path):
+    torch.manual_seed(0)
+    net = Normed().eval()
+    result = compress(
+        net,
+        task,
+        "size=0.9x",
+        run=tmp_path / "run",
+        recipe=[{"method": "quantize.rtn", "options": {"include": ["wide"]}}],
+    )
+    x = torch.randn(5, 1, 8, 8)
+    assert result.report["file"]["graph"]
+    assert torch.allclose(load(result.path)(x), net(x), atol=0.02)
+    assert torch.equal(load(result.path, into=Normed())(x), result.model(x))
+    assert "first.parametrizations.weight.original0" in net.state_dict()

@@ -7,7 +7,7 @@ from torch import nn
 from surgery.nets import Conv1D, make
 from tersor.errors import ModelError, OptionError
 from tersor.forms import Affine, Dense
-from tersor.surgery import check_finite, in_execution_order, walk
+from tersor.surgery import check_finite, in_execution_order, plain_copy, walk
 
 
 def names(sites):
@@ -204,3 +204,26 @@ def test_the_weight_of_a_site_is_what_the_layer_computes_with():
 def test_weights_without_values_are_named(net):
     with pytest.raises(ModelError, match=r'"0.weight" has no values yet; run the network once'):
         check_finite(nn.Sequential(net))
+
+
+def test_a_copy_is_plain_and_of_what_was_compiled():
+    made = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    plain = plain_copy(torch.compile(nn.Sequential(made)))
+    assert list(plain.state_dict()) == ["0.bias", "0.weight"]
+    assert torch.equal(plain[0].weight, made.weight)
+    assert len(made.parametrizations) == 1
+
+
+def test_what_cannot_be_copied_is_named():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.seen = model(torch.ones(1, 4))
+    with pytest.raises(ModelError, match="Sequential cannot be copied: Only Tensors created"):
+        plain_copy(model)
+
+
+def test_a_spectral_norm_is_copied_as_it_evaluates():
+    made = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).train()
+    state = {name: value.clone() for name, value in made.state_dict().items()}
+    plain = plain_copy(made)
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+    assert torch.equal(plain.weight, made.eval().weight)

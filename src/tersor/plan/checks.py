@@ -12,7 +12,7 @@ from tersor.methods.run import check
 from tersor.plan.budget import Budget
 from tersor.plan.search import quality_kept
 from tersor.recipe import Recipe, recipe_of
-from tersor.surgery.walk import check_finite, walk
+from tersor.surgery.walk import check_finite
 from tersor.task import Task
 
 
@@ -32,7 +32,6 @@ def check_job(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise OptionError(f"seed={seed!r} must be a whole number, 0 or more")
     check_finite(model)
-    walk(model)
     _check_budget(budget, task)
     if budget.target is not None:
         _check_target(budget.target, has_example=task is not None or example is not None)

@@ -25,6 +25,7 @@ from tersor.plan.target import check_target
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import Recipe
 from tersor.report import finish
+from tersor.surgery import plain_copy
 from tersor.task import Task
 from tersor.version import VERSION
 
@@ -77,23 +78,19 @@ def compress(
     steps = recipe.as_json() if isinstance(recipe, Recipe) else recipe
     # Before the folder is made: what cannot be used leaves nothing behind.
     check_job(model, task, limits, example=example, recipe=steps, seed=seed)
+    original = plain_copy(model)
     job = {
         "tersor": VERSION,
-        "model": model_hash(model),
+        "model": model_hash(original),
         "task": task.fingerprint() if task else None,
         "budget": limits.as_json(),
         "recipe": steps,
         "seed": seed,
     }
-    place = run or _default_folder(model, job)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with run_folder(place, job) as (folder, journal), Bar(enabled=progress) as bar:
-            bench = _bench(model.eval(), task, example, limits, folder, journal, seed, bar)
-            return _finish(bench, steps)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    place = run or _default_folder(original, job)
+    with run_folder(place, job) as (folder, journal), Bar(enabled=progress) as bar:
+        bench = _bench(original, task, example, limits, folder, journal, seed, bar)
+        return _finish(bench, steps)
 
 
 def _bench(

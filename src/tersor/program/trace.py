@@ -241,6 +241,8 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "data-dependent" in lines[0]:
+        return "its control flow is data-dependent: it decides by values, not by sizes alone"
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 

@@ -2,7 +2,7 @@
 
 from tersor.surgery.fold import Folded, fold
 from tersor.surgery.hold import decoded, form_of, held, hold, release, release_all
-from tersor.surgery.walk import Site, check_finite, in_execution_order, walk
+from tersor.surgery.walk import Site, check_finite, in_execution_order, plain_copy, walk
 
 __all__ = [
     "Folded",
@@ -14,6 +14,7 @@ __all__ = [
     "held",
     "hold",
     "in_execution_order",
+    "plain_copy",
     "release",
     "release_all",
     "walk",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from tersor.errors import ModelError, OptionError
 from tersor.forms.form import Form
-from tersor.surgery.hold import form_of, hold
+from tersor.surgery.hold import bake, form_of, hold
 
 Patterns = Sequence[str] | str | None
 
@@ -93,6 +94,29 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
             "exclude less"
         )
     return [site for site, _ in sites if site.name in kept - dropped]
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy whose weights are plain or held: parametrizations and weight norms are computed out.
+
+    The copy is in evaluation mode, and what torch.compile wrapped is without its wrapper. Raises
+    ModelError where it cannot be copied.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    try:
+        # Evaluation: in training, a spectral norm changes with every look at it.
+        copied: nn.Module = copy.deepcopy(inner).eval()
+    # Whatever an attribute's own copying raises.
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{type(inner).__name__} cannot be copied: {lines[0]}. Take out what it holds beside "
+            "its weights, such as a lock, an open file, or a tensor computed with gradients"
+        ) from error
+    for site in walk(copied):
+        for layer, attribute in site.uses:
+            bake(layer, attribute)
+    return copied
 
 
 def in_execution_order(
