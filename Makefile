@@ -34,7 +34,7 @@ fuzz:  ## give the compiled decoders mutated streams, with AddressSanitizer and 
 
 check: .venv/dev.stamp  ## format, lint, types, import floors, help page, code in the docs
 	$(BIN)/ruff format --check
-	$(BIN)/ruff check
+	$(BIN)/ruff check --no-cache
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_import.py
 	$(BIN)/python tools/make_help.py --check

@@ -24,8 +24,9 @@ Made from the command line's own help by `make help-page`; `make check` compares
 def page() -> str:
     """The whole page."""
     import typer.main
-    from tersor.cli import app
     from typer.testing import CliRunner
+
+    from tersor.cli import app
 
     sections = [INTRODUCTION]
     for verb in ["", *typer.main.get_command(app).commands]:

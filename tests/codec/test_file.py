@@ -449,3 +449,20 @@ def test_into_takes_the_network_itself(tmp_path, given):
     path = save(nn.Linear(2, 2), tmp_path / "a.tersor", graph=False)
     with pytest.raises(ModelError, match=r"into=.* is not a torch.nn.Module; build the network"):
         load(path, into=given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
+def test_an_empty_tensor_may_be_the_first_of_its_type(tmp_path, dtype):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("nothing", torch.empty(0, 5, dtype=dtype))
+            self.last = nn.Linear(2, 2)
+
+    model = Net()
+    path = save(model, tmp_path / "a.tersor", graph=False)
+    again = load(path, into=Net())
+    assert again.nothing.shape == (0, 5)
+    assert again.nothing.dtype == dtype
+    assert torch.equal(again.last.weight, model.last.weight)
+    verify(path)

@@ -139,6 +139,12 @@ def test_text_that_cannot_be_used_is_refused(make, error, message):
         make()
 
 
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(TaskError, match="holds no tokenizer that transformers can open: "):
+        language_model(["a"], tokenizer=str(tmp_path))
+
+
 def test_a_model_that_gives_one_vector_per_text_is_no_language_model():
     with pytest.raises(TaskError, match="a language model gives"):
         language_model(IDS, length=9).evaluate(

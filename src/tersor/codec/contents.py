@@ -32,8 +32,8 @@ class Shelf:
         """Gives `tensor` a place. bits: that a code of it needs"""
         coding = coding_of(tensor, bits)
         size = tensor.numel() * tensor.element_size()
-        index, filled = self._open.get(coding, (-1, LARGE))
-        if filled + size > LARGE:
+        index, filled = self._open.get(coding, (-1, 0))
+        if index < 0 or filled + size > LARGE:
             index, filled = len(self._chunks), 0
             self._chunks.append((coding, []))
         # A large tensor closes its chunk and leaves the one that small tensors share open.

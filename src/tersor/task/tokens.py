@@ -26,7 +26,15 @@ def tokenizer_from(tokenizer: Any) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingExtra("hf", "transformers") from error
-    return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    # Missing and damaged files surface as errors of many types.
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TaskError(
+            f"tokenizer={str(tokenizer)!r} holds no tokenizer that transformers can open: "
+            f"{first:.200}; give the folder that a tokenizer was saved in"
+        ) from error
 
 
 def token_ids(tokenizer: Any, text: str, max_length: int | None = None) -> Tensor:
