@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor, nn
 
 from tersor.codec.assemble import assembled, check_rebuildable
-from tersor.codec.container import Text, about, canonical, opened, read_text, write
-from tersor.codec.contents import Shelf, collect, read_tensors, rebuild
-from tersor.codec.header import Header, as_json, coding_json
+from tersor.codec.chunks import THREADS, read_tensors
+from tersor.codec.container import canonical, read_text, write
+from tersor.codec.contents import collect, rebuild
+from tersor.codec.errors import Unreadable, about
+from tersor.codec.header import Header, Plain, all_leaves, as_json, typed
 from tersor.codec.header_reader import parse
 from tersor.codec.into import check_complete, place
-from tersor.codec.pack import Unreadable
+from tersor.codec.shelf import PROFILES, Shelf
+from tersor.codec.source import Pipe, Ranges, name_of, opened
 from tersor.errors import FileError, ModelError, OptionError
 from tersor.forms import Form
 from tersor.program.interpreter import Interpreted
@@ -22,6 +25,8 @@ from tersor.program.of_model import Example, own_program, program_of
 from tersor.program.program import Program
 from tersor.recipe import Recipe, recipe_of
 
+Place = str | Path | IO[bytes] | Ranges
+"""A file by its path, an open file or pipe, or ranges of a remote one."""
 Read = tuple[Header, list[Tensor | Form], Program | None]
 
 
@@ -34,6 +39,7 @@ def save(
     recipe: Recipe | Sequence[Mapping[str, Any]] | None = None,
     metrics: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    profile: str = "small",
 ) -> Path:
     """Writes `model` to `path` as one file, whole or not at all.
 
@@ -45,44 +51,54 @@ def save(
         stored as it is, which saves tracing a network again for each way of storing it
     recipe: what was done to the model; by default the steps noted on it
     metrics, provenance: mappings of JSON values to keep with it
+    profile: "fast" to load, "small", or "max" for the smallest file; all hold the same numbers
 
     Raises ExportError for a model whose forward pass cannot be stored, ModelError for weights that
     are not finite, OutputError where the file cannot be written.
     """
     path = Path(path)
+    if profile not in PROFILES:
+        raise OptionError(f"profile={profile!r:.40} is not one of {list(PROFILES)}")
     notes = {
         "recipe": _steps(recipe_of(model) if recipe is None else recipe),
         "metrics": _noted("metrics", metrics),
         "provenance": _noted("provenance", provenance),
     }
-    shelf = Shelf()
     # Before tracing, which would fail in less clear words on weights that are not finite.
-    entries = collect(model, shelf)
+    entries, tensors = collect(model)
     program = graph if isinstance(graph, Program) else _program(model, example) if graph else None
+    constants: Mapping[str, Tensor] = {}
     if program is not None:
         check_rebuildable(entries, program, type(model).__name__)
-    constants = [] if program is None else [(n, shelf.put(t)) for n, t in program.constants.items()]
+        constants = dict(sorted(program.constants.items()))
+    plain = [(name, Plain(tuple(tensor.shape), 0)) for name, tensor in constants.items()]
+    shelf = Shelf(profile)
+    supply = iter([*tensors, *constants.values()])
+    for leaf in all_leaves(entries, plain):
+        shelf.put(next(supply), leaf.matrix)
+    entries, plain = typed(entries, plain, shelf.sort())
     write(
         path,
-        as_json(entries, constants, notes),
+        as_json(entries, plain, shelf.kinds, notes),
         b"" if program is None else program.to_json(),
-        ((coding_json(coding), streams) for coding, streams in shelf.chunks()),
+        shelf.runs(),
         _check_readable,
     )
     return path
 
 
-def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
+def load(path: Place, *, into: nn.Module | None = None, threads: int = THREADS) -> nn.Module:
     """Rebuilds the model in `path`, in evaluation mode, with its recipe and metrics noted on it.
 
+    path: of the file; or a binary file, from its start on; a pipe; `Ranges` of a remote file
     into: a module of the model's own class, on any device or the meta device, that takes the
         weights; without it the stored graph is run, and no code of the model is needed
+    threads: that decode; the result is the same for any number
 
     Raises FileError for a file that is damaged, hostile, too new, or does not fit `into`.
     """
-    path = Path(path)
-    with about(path):
-        header, items, program = _read(path)
+    with about(name_of(path)):
+        header, items, program = _read(path, threads)
         if into is not None:
             place(into, zip(header.entries, items, strict=True))
             check_complete(into)
@@ -98,18 +114,16 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: Place) -> Header:
     """What the file says about itself, without reading its tensors."""
-    path = Path(path)
-    with about(path), opened(path) as (file, size):
-        return parse(read_text(file, size))
+    with about(name_of(path)), opened(path) as source:
+        return parse(read_text(source))
 
 
-def verify(path: str | Path) -> Header:
+def verify(path: Place) -> Header:
     """Reads and checks everything in the file: checksums, tensors, forms and graph."""
-    path = Path(path)
-    with about(path):
-        header, items, program = _read(path)
+    with about(name_of(path)):
+        header, items, program = _read(path, THREADS)
         if program is not None:
             assembled(header.entries, items, program)
         _recipe(header)
@@ -119,8 +133,8 @@ def verify(path: str | Path) -> Header:
 def _check_readable(draft: Path) -> None:
     """A file that `load` would refuse must not be written either."""
     try:
-        with opened(draft) as (file, size):
-            parse(read_text(file, size))
+        with open(draft, "rb") as file:
+            parse(read_text(Pipe(file)))
     except Unreadable as error:
         raise ModelError(
             f"the model would make a file that nobody may read: {error}; store it in several files"
@@ -133,11 +147,11 @@ def _program(model: nn.Module, example: Example | None) -> Program | None:
     return program_of(model, example)
 
 
-def _read(path: Path) -> Read:
-    with opened(path) as (file, size):
-        text: Text = read_text(file, size)
+def _read(path: Place, threads: int) -> Read:
+    with opened(path) as source:
+        text = read_text(source)
         header = parse(text)
-        tensors = read_tensors(file, text, header)
+        tensors = read_tensors(source, header, threads)
     items, constants = rebuild(header, tensors)
     program = Program.from_json(text.program, constants) if text.program else None
     return header, items, program
