@@ -32,8 +32,14 @@ DENSE_RATIO = 1024
 
 _NEEDED = {"writer": str, "modules": list}
 _OPTIONAL = {
-    "tied": dict, "constants": dict, "kinds": list, "runs": list, "base": str,
-    "recipe": list, "metrics": dict, "provenance": dict,
+    "tied": dict,
+    "constants": dict,
+    "kinds": list,
+    "runs": list,
+    "base": str,
+    "recipe": list,
+    "metrics": dict,
+    "provenance": dict,
 }
 
 

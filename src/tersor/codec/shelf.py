@@ -86,11 +86,14 @@ class Shelf:
         open_runs: dict[object, int] = {}
         constants = _constants(self._items)
         sorts = [_sort_of(item) for item in self._items]
-        together = sum(
-            item.array.size
-            for item, sort, value in zip(self._items, sorts, constants, strict=True)
-            if sort == "matrix" and value is None
-        ) <= TOGETHER
+        together = (
+            sum(
+                item.array.size
+                for item, sort, value in zip(self._items, sorts, constants, strict=True)
+                if sort == "matrix" and value is None
+            )
+            <= TOGETHER
+        )
         for n, item in enumerate(self._items):
             value = constants[n]
             place = self._place(item, sorts[n], open_runs, together) if value is None else value
