@@ -14,6 +14,10 @@ import zstandard
 
 PREAMBLE = struct.Struct("<8s4HQ4I")
 MAGIC = b"\x89TERSOR\n"
+VOCABULARY = zstandard.ZstdCompressionDict(
+    (Path(__file__).parents[2] / "src" / "tersor" / "codec" / "vocabulary.txt").read_bytes(),
+    dict_type=zstandard.DICT_TYPE_RAWCONTENT,
+)
 
 
 def digest(content: bytes, size: int = 8) -> bytes:
@@ -46,7 +50,7 @@ class Pieces:
         stored, header, program, count = rest
         start = 56 + stored + 8 * count
         assert content[40:56] == digest(content[:40] + content[56:start], 16)
-        text = zstandard.decompress(content[56 : 56 + stored])
+        text = zstandard.ZstdDecompressor(VOCABULARY).decompress(content[56 : 56 + stored])
         assert len(text) == header + program
         fields = json.loads(text[:header])
         chunks = []
@@ -78,7 +82,7 @@ class Pieces:
             ).encode()
         squeezed = self.squeezed
         if squeezed is None:
-            squeezed = zstandard.ZstdCompressor(level=19).compress(text + self.program)
+            squeezed = zstandard.ZstdCompressor(19, VOCABULARY).compress(text + self.program)
         digests = self.digests if self.digests is not None else list(map(digest, self.chunks))
         section, body = squeezed + b"".join(digests), b"".join(self.chunks)
         fields = {"magic": MAGIC, "version": 1, "least": 1, "required": 0, "optional": 0}

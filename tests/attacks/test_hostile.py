@@ -335,12 +335,14 @@ def test_a_code_past_the_codebook_is_refused(tmp_path, refused):
 
 
 def test_a_mask_that_disagrees_with_its_values_is_refused(tmp_path, refused):
-    net = nn.Linear(4, 2)
-    hold(net, "weight", Bitmask.encode(torch.eye(2, 4)))
+    net = nn.Linear(4, 2, bias=False)
+    hold(net, "weight", Bitmask.encode(torch.ones(2, 4)))
     pieces = Pieces.of(save(net, tmp_path / "net.tersor"))
-    mask = module(pieces, "")["weight"][3]["mask"]
-    pieces.header["kinds"][mask[0]][1] = "ff"
+    assert pieces.header["kinds"][0] == ["uint8", "01"]
+    pieces.header["kinds"][0][1] = "00"
     refused(pieces, "as many as the mask has bits set", verify)
+    pieces.header["kinds"][0][1] = "02"
+    refused(pieces, "holds bits that are neither 0 nor 1", verify)
 
 
 # The header as text
@@ -471,11 +473,13 @@ def test_a_small_mask_cannot_stand_for_a_huge_weight(tmp_path):
     net = nn.Linear(4, 2)
     hold(net, "weight", Bitmask.encode(torch.eye(2, 4)))
     pieces = Pieces.of(save(net, tmp_path / "net.tersor"))
-    places = module(pieces, "")["weight"][3]["mask"][0]
-    values = module(pieces, "")["weight"][3]["values"][0]
+    pieces.header["kinds"] = [["uint8", ""], ["float32", ""]]
+    pieces.header["modules"] = [["", "Linear", {"weight": None}]]
+    del pieces.header["runs"]
+    pieces.chunks = []
     module(pieces, "")["weight"] = [
         *("nofm", [2**17, 2**16], {"axis": 0, "m": 256}),
-        {"places": [places, 2**17, 2**8, 0], "values": [values, 2**17, 2**8, 0]},
+        {"places": [0, 2**17, 2**8, 0], "values": [1, 2**17, 2**8, 0]},
     ]
     forged = pieces.write(tmp_path / "forged.tersor")
     with pytest.raises(FileError, match="its weights unfold to 34359738368 bytes"):

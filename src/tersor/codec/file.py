@@ -13,10 +13,12 @@ from tersor.codec.chunks import THREADS, read_tensors
 from tersor.codec.container import canonical, read_text, write
 from tersor.codec.contents import collect, rebuild
 from tersor.codec.errors import Unreadable, about
-from tersor.codec.header import Header, Plain, all_leaves, as_json, typed
+from tersor.codec.header import Header, Plain, as_json, typed
 from tersor.codec.header_reader import parse
 from tersor.codec.into import check_complete, place
-from tersor.codec.shelf import PROFILES, Shelf
+from tersor.codec.leaves import all_leaves
+from tersor.codec.runs import PROFILES, encoded
+from tersor.codec.shelf import Shelf
 from tersor.codec.source import Pipe, Ranges, name_of, opened
 from tersor.errors import FileError, ModelError, OptionError
 from tersor.forms import Form
@@ -72,16 +74,13 @@ def save(
         check_rebuildable(entries, program, type(model).__name__)
         constants = dict(sorted(program.constants.items()))
     plain = [(name, Plain(tuple(tensor.shape), 0)) for name, tensor in constants.items()]
-    shelf = Shelf(profile)
-    supply = iter([*tensors, *constants.values()])
-    for leaf in all_leaves(entries, plain):
-        shelf.put(next(supply), leaf.matrix)
-    entries, plain = typed(entries, plain, shelf.sort())
+    shelf = Shelf(list(all_leaves(entries, plain)), [*tensors, *constants.values()])
+    entries, plain = typed(entries, plain, shelf.kind_of)
     write(
         path,
         as_json(entries, plain, shelf.kinds, notes),
         b"" if program is None else program.to_json(),
-        shelf.runs(),
+        (encoded(run, profile) for run in shelf.runs),
         _check_readable,
     )
     return path

@@ -34,7 +34,7 @@ def matrix_of(shape: tuple[int, ...], weight: tuple[int, ...], states: int = 1) 
 
 
 def pieces(shape: Shape, unit: int | None) -> Iterator[tuple[int, Shape]]:
-    """(start, part) of a matrix cut every `unit` rows, or columns where it has one row."""
+    """(first element, part) of a matrix cut every `unit` rows, or columns where it has one row."""
     if unit is None:
         yield 0, shape
         return
@@ -42,4 +42,4 @@ def pieces(shape: Shape, unit: int | None) -> Iterator[tuple[int, Shape]]:
     for start in range(0, along, unit):
         size = min(unit, along - start)
         cut = {"columns": size, "kernel": 1} if shape.rows == 1 else {"rows": size}
-        yield start, shape._replace(**cut)
+        yield start * (1 if shape.rows == 1 else shape.columns), shape._replace(**cut)

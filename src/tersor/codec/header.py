@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tersor.codec.coders import Shape
-from tersor.codec.geometry import STATES, matrix_of
 from tersor.program.program import DTYPE_NAMES, split_name
 from tersor.version import VERSION
+
+if TYPE_CHECKING:
+    from tersor.codec.leaves import Leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +83,10 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
-    """A plain tensor, its layout for the coders, and the name of the entry it belongs to."""
-
-    name: str
-    plain: Plain
-    matrix: Shape
-
-
-@dataclass(frozen=True, slots=True)
 class Chunk:
     """A stretch of the file.
 
-    run: index; start: first row (or column) in it of its only tensor; offset: from the first chunk
+    run: index; start: its first element in its run; offset: from the first chunk
     """
 
     run: int
@@ -120,6 +113,8 @@ class Header:
     identity: checksum of the header, which holds the checksums of all chunks
     program_bytes: length of the stored program, 0 for a file without one
     chunks_at: where the first chunk begins
+    leaves: the plain tensors of entries and constants, in order
+    inside: which of them lie in each run, in the order in which they are coded
     """
 
     writer: str
@@ -128,6 +123,8 @@ class Header:
     kinds: tuple[Kind, ...]
     runs: tuple[Run, ...]
     chunks: tuple[Chunk, ...]
+    leaves: tuple[Leaf, ...]
+    inside: tuple[tuple[int, ...], ...]
     base: str
     recipe: list[dict[str, Any]]
     metrics: dict[str, Any]
@@ -143,21 +140,17 @@ class Header:
 
     def stored_bytes(self, entry: Entry) -> float:
         """Its share of the file's chunks, by number of elements where a chunk holds several."""
-        counts = run_counts(self)
+        wanted = {id(plain) for plain in leaves(entry.tensor)}
         found = 0.0
-        for leaf in leaves(entry.tensor):
-            run = self.kinds[leaf.kind].run
-            if isinstance(run, int):
-                found += sum(self.runs[run].lengths) * leaf.count / max(1, counts[run])
+        for run, inside in zip(self.runs, self.inside, strict=True):
+            sizes = [self.leaves[index].matrix.size for index in inside]
+            own = [
+                size
+                for size, index in zip(sizes, inside, strict=True)
+                if id(self.leaves[index].plain) in wanted
+            ]
+            found += sum(run.lengths) * sum(own) / sum(sizes)
         return found
-
-
-def run_counts(header: Header) -> list[int]:
-    """Elements in each run."""
-    counts = [0] * len(header.runs)
-    for chunk in header.chunks:
-        counts[chunk.run] += chunk.count
-    return counts
 
 
 def leaves(tensor: Plain | Formed) -> Iterator[Plain]:
@@ -169,30 +162,10 @@ def leaves(tensor: Plain | Formed) -> Iterator[Plain]:
             yield from leaves(part)
 
 
-def placed(
-    tensor: Plain | Formed, name: str, weight: tuple[int, ...] | None = None, states: int = 1
-) -> Iterator[Leaf]:
-    """The plain tensors of an entry with their layouts. weight: shape of the outermost form"""
-    if isinstance(tensor, Plain):
-        yield Leaf(name, tensor, matrix_of(tensor.shape, weight or tensor.shape, states))
-        return
-    for part, inner in tensor.parts:
-        along = tensor.config.get("states") if (tensor.form, part) == ("trellis", "codes") else 1
-        yield from placed(inner, name, weight or tensor.shape, along if along in STATES else 1)
-
-
-def all_leaves(entries: Sequence[Entry], constants: Sequence[tuple[str, Plain]]) -> Iterator[Leaf]:
-    """Every plain tensor of a file: those of the entries, then the constants."""
-    for entry in entries:
-        yield from placed(entry.tensor, entry.names[0])
-    for name, plain in constants:
-        yield from placed(plain, name)
-
-
 def typed(
     entries: Sequence[Entry], constants: Sequence[tuple[str, Plain]], kinds: Sequence[int]
 ) -> tuple[list[Entry], list[tuple[str, Plain]]]:
-    """The same tensors, each with its kind, which are given in the order of `all_leaves`."""
+    """The same tensors, each with its kind, which are given in the order of their leaves."""
     supply = iter(kinds)
 
     def of(tensor: Plain | Formed) -> Any:

@@ -14,7 +14,8 @@ from tersor.codec.coders import Shape
 from tersor.codec.container import Text, canonical
 from tersor.codec.errors import Unreadable
 from tersor.codec.geometry import pieces
-from tersor.codec.header import Chunk, Entry, Formed, Header, Kind, Leaf, Plain, Run, all_leaves
+from tersor.codec.header import Chunk, Entry, Formed, Header, Kind, Plain, Run
+from tersor.codec.leaves import Leaf, all_leaves, arranged
 from tersor.codec.pack import CODERS, INTEGERS, MOST_CODE, word_coders
 from tersor.forms import KINDS
 from tersor.program.program import DTYPES
@@ -52,9 +53,11 @@ def parse(text: Text) -> Header:
     expect(len(names) == len(set(names)), "a name of a tensor occurs twice")
     kinds = tuple(_kind(n, row) for n, row in enumerate(fields["kinds"]))
     runs = tuple(_run(n, row) for n, row in enumerate(fields["runs"]))
-    chunks = _chunks(kinds, runs, list(all_leaves(entries, constants)), text)
+    leaves = tuple(all_leaves(entries, constants))
+    inside = _contents(kinds, runs, leaves)
+    chunks = _chunks(runs, [[leaves[i].matrix for i in indices] for indices in inside], text)
     _check_base(fields["base"], runs, text.features)
-    _check_limits(entries, constants, kinds, text.file_bytes)
+    _check_limits(entries, leaves, kinds, text.file_bytes)
     return Header(
         writer=fields["writer"],
         entries=entries,
@@ -62,6 +65,8 @@ def parse(text: Text) -> Header:
         kinds=kinds,
         runs=runs,
         chunks=chunks,
+        leaves=leaves,
+        inside=inside,
         base=fields["base"],
         recipe=fields["recipe"],
         metrics=fields["metrics"],
@@ -186,6 +191,7 @@ def _kind(number: int, row: Any) -> Kind:
     if isinstance(run, str):
         fits = len(run) in (0, 2 * dtype.itemsize) and len(row) == 2
         expect(fits and set(run) <= set("0123456789abcdef"), f"{what} has no value")
+        expect(dtype is not torch.bool or run in ("", "00", "01"), f"{what} has no value")
         return Kind(dtype, bytes.fromhex(run))
     expect(whole(run), f"{what} lies in no run")
     centered = len(row) == 2 or (type(center) is int and 0 < abs(center) <= MOST_CODE)
@@ -207,29 +213,37 @@ def _run(number: int, row: Any) -> Run:
     return Run(coder, tuple(lengths), unit or None, bool(changed))
 
 
-def _chunks(
-    kinds: Sequence[Kind], runs: Sequence[Run], found: Sequence[Leaf], text: Text
-) -> tuple[Chunk, ...]:
-    inside: list[list[Leaf]] = [[] for _ in runs]
+def _contents(
+    kinds: Sequence[Kind], runs: Sequence[Run], leaves: Sequence[Leaf]
+) -> tuple[tuple[int, ...], ...]:
+    """The leaves in each run, in the order in which they are coded."""
+    inside: list[list[int]] = [[] for _ in runs]
     used = set()
-    for leaf in found:
+    for index, leaf in enumerate(leaves):
         expect(leaf.plain.kind < len(kinds), f'"{leaf.name}" is of an unknown kind')
+        kind = kinds[leaf.plain.kind]
         used.add(leaf.plain.kind)
-        place = kinds[leaf.plain.kind].run
-        if isinstance(place, bytes):
-            expect(bool(place) or not leaf.plain.count, f'"{leaf.name}" has no value')
+        if leaf.zero or leaf.mask:
+            wanted = torch.int8 if leaf.zero else torch.uint8
+            expect(kind.dtype is wanted, f'"{leaf.name}" is made of {kind.dtype}')
+        if isinstance(kind.run, bytes):
+            expect(bool(kind.run) or not leaf.plain.count, f'"{leaf.name}" has no value')
             continue
-        expect(place < len(runs), f'"{leaf.name}" lies in run {place} of {len(runs)}')
-        expect(leaf.plain.count > 0, f'"{leaf.name}" is empty and lies in a run')
-        inside[place].append(leaf)
+        expect(kind.run < len(runs), f'"{leaf.name}" lies in run {kind.run} of {len(runs)}')
+        expect(leaf.matrix.size > 0, f'"{leaf.name}" is empty and lies in a run')
+        inside[kind.run].append(index)
     # Else the tables could name chunks that hold anything at all.
     expect(used == set(range(len(kinds))), "a kind belongs to no tensor")
     expect(all(inside), "a run belongs to no tensor")
+    for number, run in enumerate(runs):
+        _check_run(number, run, [kinds[leaves[i].plain.kind].dtype for i in inside[number]])
+    return tuple(tuple(arranged(leaves, indices)) for indices in inside)
+
+
+def _chunks(runs: Sequence[Run], shapes: Sequence[list[Shape]], text: Text) -> tuple[Chunk, ...]:
     chunks: list[Chunk] = []
     for number, run in enumerate(runs):
-        leaves = inside[number]
-        _check_run(number, run, [kinds[leaf.plain.kind].dtype for leaf in leaves])
-        _append(chunks, number, run, [leaf.matrix for leaf in leaves], text)
+        _append(chunks, number, run, shapes[number], text)
     _check_end(chunks, text)
     return tuple(chunks)
 
@@ -240,7 +254,7 @@ def _check_run(number: int, run: Run, dtypes: Sequence[torch.dtype]) -> None:
         expect(all(dtype in INTEGERS for dtype in dtypes), f"{what} holds what are no codes")
         return
     expect(len(set(dtypes)) == 1, f"{what} holds words of several types")
-    known = run.coder in word_coders(dtypes[0])
+    known = run.coder in word_coders(dtypes[0]) and dtypes[0] is not torch.bool
     expect(known, f"{what} is coded by {run.coder!r:.40}, which does not hold {dtypes[0]}")
 
 
@@ -277,12 +291,11 @@ def _check_base(base: str, runs: Sequence[Run], features: int) -> None:
 
 def _check_limits(
     entries: Sequence[Entry],
-    constants: Sequence[tuple[str, Plain]],
+    leaves: Sequence[Leaf],
     kinds: Sequence[Kind],
     file_bytes: int,
 ) -> None:
-    found = all_leaves(entries, constants)
-    stored = sum(max(f.plain.count * kinds[f.plain.kind].dtype.itemsize, 1) for f in found)
+    stored = sum(max(f.plain.count * kinds[f.plain.kind].dtype.itemsize, 1) for f in leaves)
     most = max(SMALLEST_LIMIT, STORED_RATIO * file_bytes)
     expect(stored <= most, f"its tensors unfold to {stored} bytes, above the limit of {most}")
     dense = sum(_dense_bytes(entry.tensor) for entry in entries)

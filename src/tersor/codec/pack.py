@@ -1,13 +1,14 @@
 """Elements as bytes: what a chunk of a file holds, by coder.
 
 Codes (whole numbers) go through the coders of `tersor.codec.coders`, under the names they have
-there. Words (all other elements, as unsigned integers of their width) have four: `floats`,
-`planes` (a byte at a time), `zstd` and `raw`.
+there. Words (all other elements, as unsigned integers of their width) have five: `floats`,
+`exponents` (for few floats: exponents and signs by `small`), `planes` (a byte at a time), `zstd`
+and `raw`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ INTEGERS = {
     torch.int64: np.int64,
 }
 FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-CODERS = coders.PROFILES
-WORD_CODERS = ("floats", "planes", "zstd", "raw")
+MANTISSAS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+CODERS = ("fast", "small", "max")
 MOST_CODE = 2**31 - 1
 
 # zstd finds hardly any repeats among floats; a high level pays where there are few of them.
@@ -99,6 +100,8 @@ def encode_words(words: Array, shape: Shape, coder: str, dtype: torch.dtype) -> 
         case "floats":
             matrix = words.reshape(shape.rows, shape.columns)
             return coders.encode_floats(matrix, kind=FLOATS[dtype])
+        case "exponents":
+            return _encode_exponents(words, dtype)
         case "planes":
             matrix = words.reshape(shape.rows, shape.columns)
             return coders.encode_delta(matrix, np.zeros_like(matrix))
@@ -115,6 +118,8 @@ def decode_words(data: Data, shape: Shape, coder: str, dtype: torch.dtype) -> Ar
         match coder:
             case "floats":
                 return coders.decode_floats(data, size, kind=FLOATS[dtype]).reshape(-1)
+            case "exponents":
+                return _decode_exponents(data, shape.size, dtype)
             case "planes":
                 return coders.decode_delta(data, np.zeros(size, width)).reshape(-1)
             case "zstd":
@@ -128,28 +133,70 @@ def decode_words(data: Data, shape: Shape, coder: str, dtype: torch.dtype) -> Ar
     return np.frombuffer(data, width).copy()
 
 
-def word_coders(dtype: torch.dtype) -> list[str]:
-    """Those that can hold a type."""
+def _encode_exponents(words: Array, dtype: torch.dtype) -> bytes:
+    """One byte: the most common exponent. Then mantissas, bit by bit, and a stream of `small`."""
+    bits = MANTISSAS[dtype]
+    exponents = (words >> bits & (2 ** (words.itemsize * 8 - 1 - bits) - 1)).astype(np.int32)
+    center = int(np.bincount(exponents).argmax())
+    signs = (words >> (words.itemsize * 8 - 1)).astype(np.int32)
+    rows = [exponents.reshape(1, -1) - center, signs.reshape(1, -1)]
+    mantissas = np.unpackbits(words.astype(">u4").view(np.uint8)).reshape(-1, 32)[:, 32 - bits :]
+    stream = coders.encode_group(rows, profile="small", kernels=[1, 1])
+    return bytes([center]) + np.packbits(mantissas).tobytes() + stream
+
+
+def _decode_exponents(data: Data, count: int, dtype: torch.dtype) -> Array:
+    bits, width = MANTISSAS[dtype], dtype.itemsize * 8
+    size = -(-count * bits // 8)
+    if len(data) < 1 + size:
+        raise Unreadable("ends too early")
+    flags = np.unpackbits(np.frombuffer(data, np.uint8, size, 1))
+    if flags[count * bits :].any():
+        raise Unreadable("ends in bits that are no mantissa")
+    exponents, signs = (
+        row.reshape(-1)
+        for row in coders.decode_group(data[1 + size :], [Shape(1, count)] * 2, profile="small")
+    )
+    exponents += data[0]
+    most = 2 ** (width - 1 - bits)
+    if ((exponents < 0) | (exponents >= most) | (signs & ~1 != 0)).any():
+        raise Unreadable("holds an impossible exponent or sign")
+    wide = np.zeros((count, 32), np.uint8)
+    wide[:, 32 - bits :] = flags[: count * bits].reshape(count, bits)
+    found = np.packbits(wide, axis=1).view(">u4").reshape(-1).astype(np.uint32)
+    found |= exponents.astype(np.uint32) << bits | signs.astype(np.uint32) << (width - 1)
+    return found.astype(numpy_type(dtype))
+
+
+def word_coders(dtype: torch.dtype, *, adaptive: bool = True) -> list[str]:
+    """Those that can hold a type. adaptive: with those that take long for many"""
     found = ["zstd", "raw"]
     if numpy_type(dtype).kind == "u":
         found.insert(0, "planes")
     if dtype in FLOATS:
-        found.insert(0, "floats")
+        found[:0] = ["exponents", "floats"] if adaptive else ["floats"]
     return found
 
 
-def smallest(choices: Sequence[str], encode: Callable[[str], bytes]) -> tuple[str, bytes]:
-    """The shortest of what `choices` give, the first of equals."""
-    return min(((choice, encode(choice)) for choice in choices), key=lambda pair: len(pair[1]))
+def as_one_row(shapes: Sequence[Shape], *, words: bool = False) -> list[Shape]:
+    """Vectors are coded as one long one, so that each starts where the one before has led.
+
+    words: of matrices too, for words are coded as one matrix
+    """
+    if len(shapes) > 1 and (words or all(s.rows == 1 and s.states == 1 for s in shapes)):
+        return [Shape(1, sum(shape.size for shape in shapes))]
+    return list(shapes)
 
 
-def expand(stream: Data, size: int) -> bytes:
+def expand(
+    stream: Data, size: int, vocabulary: zstandard.ZstdCompressionDict | None = None
+) -> bytes:
     """Undoes zstd where the frame itself says that it holds `size` bytes."""
     try:
         stated = zstandard.frame_content_size(stream)
         if stated != size:
             raise Unreadable(f"holds {stated} bytes where its tensors need {size}")
-        return zstandard.ZstdDecompressor().decompress(
+        return zstandard.ZstdDecompressor(dict_data=vocabulary).decompress(
             stream, max_output_size=size, allow_extra_data=False
         )
     except zstandard.ZstdError as error:

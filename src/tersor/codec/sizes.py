@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from tersor.codec.contents import described
-from tersor.codec.header import placed
+from tersor.codec.leaves import leaves_of
+from tersor.codec.runs import encoded
 from tersor.codec.shelf import Shelf
 from tersor.forms import Form
 
@@ -13,8 +14,5 @@ from tersor.forms import Form
 def coded_bytes(form: Form) -> int:
     """Bytes that the tensors of `form` take in a file when each is coded by itself."""
     tensors: list[Tensor] = []
-    shelf = Shelf("small")
-    for leaf in placed(described(form, "", tensors), ""):
-        shelf.put(tensors[len(shelf)], leaf.matrix)
-    shelf.sort()
-    return sum(len(chunk) for _, chunks in shelf.runs() for chunk in chunks)
+    shelf = Shelf(list(leaves_of(described(form, "", tensors), "")), tensors)
+    return sum(sum(encoded(run, "small")[0].lengths) for run in shelf.runs)
