@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from tersor.codec.container import digest_of
 from tersor.codec.errors import Unreadable
 from tersor.codec.header import Chunk, Header, Kind
-from tersor.codec.leaves import Leaf, settled, target_type
+from tersor.codec.leaves import settled, target_type
 from tersor.codec.pack import (
     CODERS,
     Array,
@@ -28,6 +29,7 @@ from tersor.codec.pack import (
     numpy_type,
 )
 from tersor.codec.source import Data, Source
+from tersor.errors import OptionError
 
 THREADS = min(4, os.cpu_count() or 1)
 _BATCH = 2**23
@@ -37,26 +39,76 @@ _IN_FLIGHT = 2**24
 _ALONE = 2**16
 """Elements that are decoded before a thread would have started."""
 
+Window = tuple[int, int]
+
 
 def read_tensors(source: Source, header: Header, threads: int) -> list[Tensor]:
-    """Every plain tensor, in the order of `all_leaves`. All bytes of the file have been checked."""
-    targets = [_target(leaf, header.kinds[leaf.plain.kind]) for leaf in header.leaves]
-    wanted = list(range(len(header.chunks)))
-    with _pool(threads, sum(chunk.count for chunk in header.chunks)) as start:
-        for number, data in _read(source, header, wanted):
-            chunk = header.chunks[number]
-            arrays = [targets[index] for index in header.inside[chunk.run]]
-            if header.runs[chunk.run].unit is not None:
-                arrays = [arrays[0][chunk.start : chunk.start + chunk.count]]
-            start(chunk.count, partial(_decode, header, number, data, arrays))
-    return [_tensor(header, targets, index) for index in range(len(targets))]
+    """Every plain tensor, in the order of the leaves. All bytes of the file have been checked."""
+    found = read_leaves(source, header, dict.fromkeys(range(len(header.leaves))), threads)
+    return [
+        as_tensor(array, header.dtype(leaf.plain), leaf.plain.shape)
+        for leaf, array in zip(header.leaves, found.values(), strict=True)
+    ]
 
 
-def _tensor(header: Header, targets: Sequence[Array], index: int) -> Tensor:
+def read_leaves(
+    source: Source, header: Header, wanted: Mapping[int, Window | None], threads: int
+) -> dict[int, Array]:
+    """Elements of some leaves, flat; only the chunks that hold some of them are read.
+
+    wanted: leaf -> its first element and the one after its last, None for all. The zero points of
+        a leaf come with it
+    """
+    if type(threads) is not int or threads < 1:
+        raise OptionError(f"threads={threads!r:.40}; give a whole number >= 1")
+    targets = {index: _target(header, index, window) for index, window in wanted.items()}
+    numbers = [n for n, chunk in enumerate(header.chunks) if _holds(header, chunk, targets)]
+    total = sum(header.chunks[number].count for number in numbers)
+    with _pool(threads, total) as start:
+        for number, data in _read(source, header, numbers):
+            start(header.chunks[number].count, partial(_decode, header, number, data, targets))
+    return {
+        index: settled(header.leaves[index], target.array, _zero(header, index, targets))
+        for index, target in targets.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Room for what is coded of a leaf, from its element `start` on."""
+
+    array: Array
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.array.size
+
+
+def _target(header: Header, index: int, window: Window | None) -> _Target:
+    """Room, filled where the leaf is all one value."""
     leaf = header.leaves[index]
-    zero = targets[index + leaf.zero] if leaf.zero else None
-    dtype = header.kinds[leaf.plain.kind].dtype
-    return as_tensor(settled(leaf, targets[index], zero), dtype, leaf.plain.shape)
+    kind = header.kinds[leaf.plain.kind]
+    start, end = window or (0, leaf.matrix.size)
+    width = target_type(leaf, numpy_type(kind.dtype))
+    if isinstance(kind.run, bytes) and kind.run:
+        value = np.frombuffer(kind.run, numpy_type(kind.dtype))
+        return _Target(np.full(end - start, value, width), start)
+    return _Target(np.empty(end - start, width), start)
+
+
+def _holds(header: Header, chunk: Chunk, targets: Mapping[int, _Target]) -> bool:
+    """Whether a chunk holds elements that are wanted."""
+    inside = [index for index in header.inside[chunk.run] if index in targets]
+    if header.runs[chunk.run].unit is None or not inside:
+        return bool(inside)
+    target = targets[inside[0]]
+    return chunk.start < target.end and target.start < chunk.start + chunk.count
+
+
+def _zero(header: Header, index: int, targets: Mapping[int, _Target]) -> Array | None:
+    leaf = header.leaves[index]
+    return targets[index + leaf.zero].array if leaf.zero else None
 
 
 @contextmanager
@@ -82,15 +134,6 @@ def _pool(threads: int, total: int) -> Iterator[Callable[[int, Callable[[], None
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _target(leaf: Leaf, kind: Kind) -> Array:
-    """An array for what is coded of a tensor, filled where it is all one value."""
-    own = numpy_type(kind.dtype)
-    count = leaf.matrix.size if leaf.mask else leaf.plain.count
-    if isinstance(kind.run, bytes) and kind.run:
-        return np.full(count, np.frombuffer(kind.run, own), target_type(leaf, own))
-    return np.empty(count, target_type(leaf, own))
 
 
 def _read(source: Source, header: Header, wanted: Sequence[int]) -> Iterator[tuple[int, Data]]:
@@ -119,60 +162,60 @@ def _batches(chunks: Sequence[Chunk], wanted: Sequence[int]) -> Iterator[list[in
         yield batch
 
 
-def _decode(header: Header, number: int, data: Data, targets: list[Array]) -> None:
+def _decode(header: Header, number: int, data: Data, targets: Mapping[int, _Target]) -> None:
     """Fills `targets` with the elements of a chunk. Raises Unreadable naming the chunk."""
     chunk = header.chunks[number]
-    coder = header.runs[chunk.run].coder
-    kinds = [header.kinds[header.leaves[i].plain.kind] for i in header.inside[chunk.run]]
     if len(data) != chunk.length or digest_of(data) != chunk.digest:
         raise Unreadable(f"the checksum of chunk {number} is wrong")
+    inside = header.inside[chunk.run]
+    kinds = [header.kinds[header.leaves[index].plain.kind] for index in inside]
+    room = [targets.get(index) for index in inside]
     try:
-        if coder in CODERS:
-            _fill_codes(chunk, coder, data, kinds, targets)
-        else:
-            _fill_words(chunk, coder, data, kinds, targets)
+        found = _elements(chunk, header.runs[chunk.run].coder, data, kinds, room)
+        for target, elements, kind in zip(room, found, kinds, strict=True):
+            if target is not None:
+                _fill(target, chunk.start, elements, kind)
     except Unreadable as error:
         raise Unreadable(f"chunk {number} {error}") from None
 
 
-def _fill_codes(
-    chunk: Chunk, coder: str, data: Data, kinds: Sequence[Kind], targets: list[Array]
-) -> None:
-    shapes = as_one_row(chunk.shapes)
-    found = decode_codes(data, shapes, coder, _width(targets, kinds))
-    if len(shapes) < len(targets):
-        found = np.split(found[0], np.cumsum([target.size for target in targets])[:-1])
-    for target, codes, kind in zip(targets, found, kinds, strict=True):
-        _fill(target, codes, kind)
+def _elements(
+    chunk: Chunk,
+    coder: str,
+    data: Data,
+    kinds: Sequence[Kind],
+    room: Sequence[_Target | None],
+) -> list[Array]:
+    """What a chunk holds of each of its leaves."""
+    words = coder not in CODERS
+    shapes = as_one_row(chunk.shapes, words=words)
+    if words:
+        found = [decode_words(data, shapes[0], coder, kinds[0].dtype)]
+    else:
+        found = decode_codes(data, shapes, coder, _width(room, kinds))
+    if len(shapes) == len(chunk.shapes):
+        return found
+    return np.split(found[0], np.cumsum([shape.size for shape in chunk.shapes])[:-1])
 
 
-def _width(targets: Sequence[Array], kinds: Sequence[Kind]) -> type[np.signedinteger[Any]]:
+def _width(room: Sequence[_Target | None], kinds: Sequence[Kind]) -> type[np.signedinteger[Any]]:
     """The narrowest type that the coders give and all targets can take as it is."""
     if not any(kind.center for kind in kinds):
         for width in (np.int8, np.int16):
-            if all(target.dtype == width for target in targets):
+            if all(target is not None and target.array.dtype == width for target in room):
                 return width
     return np.int32
 
 
-def _fill(target: Array, codes: Array, kind: Kind) -> None:
-    if target.dtype == codes.dtype:
-        target[:] = codes
-        return
-    wide = codes.astype(np.int64) + kind.center if kind.center else codes
-    limits = np.iinfo(target.dtype)
-    most = 1 if kind.dtype is torch.bool else limits.max
-    if wide.min() < limits.min or wide.max() > most:
-        raise Unreadable("holds a code too large for its type")
-    target[:] = wide
-
-
-def _fill_words(
-    chunk: Chunk, coder: str, data: Data, kinds: Sequence[Kind], targets: list[Array]
-) -> None:
-    (shape,) = as_one_row(chunk.shapes, words=True)
-    found = decode_words(data, shape, coder, kinds[0].dtype)
-    start = 0
-    for target in targets:
-        target[:] = found[start : start + target.size]
-        start += target.size
+def _fill(target: _Target, start: int, elements: Array, kind: Kind) -> None:
+    """Copies those elements, the first of them number `start`, for which there is room."""
+    first, last = max(start, target.start), min(start + elements.size, target.end)
+    elements = elements[first - start : last - start]
+    room = target.array[first - target.start : last - target.start]
+    if room.dtype != elements.dtype:
+        elements = elements.astype(np.int64) + kind.center if kind.center else elements
+        limits = np.iinfo(room.dtype)
+        most = 1 if kind.dtype is torch.bool else limits.max
+        if elements.size and (elements.min() < limits.min or elements.max() > most):
+            raise Unreadable("holds a code too large for its type")
+    room[:] = elements

@@ -112,13 +112,16 @@ def check_storable(tensor: Tensor, name: str) -> None:
 def rebuild(header: Header, tensors: list[Tensor]) -> tuple[list[Tensor | Form], dict[str, Tensor]]:
     """What each entry describes, and the constants by name."""
     supply = iter(tensors)
-    items: list[Tensor | Form] = []
-    for entry in header.entries:
-        try:
-            items.append(_rebuilt(entry.tensor, supply))
-        except _MISFITS as error:
-            raise Unreadable(f'"{entry.names[0]}" cannot be rebuilt: {error}') from None
+    items = [rebuilt(entry.tensor, entry.names[0], supply) for entry in header.entries]
     return items, {name: next(supply) for name, _ in header.constants}
+
+
+def rebuilt(tensor: Plain | Formed, name: str, supply: Iterator[Tensor]) -> Tensor | Form:
+    """What an entry describes, made of its plain tensors. Raises Unreadable where they misfit."""
+    try:
+        return _rebuilt(tensor, supply)
+    except _MISFITS as error:
+        raise Unreadable(f'"{name}" cannot be rebuilt: {error}') from None
 
 
 # What forms raise for parts and options that do not belong together.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from tersor.codec.into import check_complete, place
 from tersor.codec.leaves import all_leaves
 from tersor.codec.runs import PROFILES, encoded
 from tersor.codec.shelf import Shelf
-from tersor.codec.source import Pipe, Ranges, name_of, opened
+from tersor.codec.source import Pipe, Place, name_of, opened
 from tersor.errors import FileError, ModelError, OptionError
 from tersor.forms import Form
 from tersor.program.interpreter import Interpreted
@@ -27,8 +27,6 @@ from tersor.program.of_model import Example, own_program, program_of
 from tersor.program.program import Program
 from tersor.recipe import Recipe, recipe_of
 
-Place = str | Path | IO[bytes] | Ranges
-"""A file by its path, an open file or pipe, or ranges of a remote one."""
 Read = tuple[Header, list[Tensor | Form], Program | None]
 
 

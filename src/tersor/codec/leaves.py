@@ -103,17 +103,17 @@ def coded(leaf: Leaf, array: Array, zero: Array | None) -> Array:
     if leaf.mask:
         return np.unpackbits(array, count=leaf.matrix.size, bitorder="little")
     if zero is not None:
-        return (_matrix(leaf, array).astype(np.int16) - _spread(leaf, zero)).reshape(-1)
+        return (_matrix(leaf, array) - _spread(leaf, zero)).reshape(-1)
     return array
 
 
 def settled(leaf: Leaf, array: Array, zero: Array | None) -> Array:
-    """The inverse. Raises Unreadable for codes that do not fit their type."""
+    """The inverse, also of some rows. Raises Unreadable for codes that do not fit their type."""
     if leaf.mask:
         if array.size and array.max() > 1:
             raise Unreadable(f'"{leaf.name}" holds bits that are neither 0 nor 1')
         return np.packbits(array, bitorder="little")
-    if zero is not None:
+    if zero is not None and array.size:
         wide = _matrix(leaf, array) + _spread(leaf, zero)
         limits = np.iinfo(zero.dtype)
         if wide.min() < limits.min or wide.max() > limits.max:
@@ -124,16 +124,16 @@ def settled(leaf: Leaf, array: Array, zero: Array | None) -> Array:
 
 def target_type(leaf: Leaf, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """What `coded` gives for elements of this type."""
-    return np.dtype(np.int16) if leaf.zero and dtype.itemsize == 1 else dtype
+    return np.dtype(np.int16) if leaf.zero else dtype
 
 
 def _matrix(leaf: Leaf, array: Array) -> Array:
     rows, columns = leaf.plain.shape
-    return array.reshape(rows, columns)
+    return array.reshape((1, -1) if rows == 1 else (-1, columns)).astype(np.int16, copy=False)
 
 
 def _spread(leaf: Leaf, zero: Array) -> Array:
     """A zero point for each code, or one for each row."""
-    rows, columns = leaf.plain.shape
-    wide = zero.reshape(rows, -1).astype(np.int16)
+    columns = leaf.plain.shape[1]
+    wide = zero.reshape(-1, -(-columns // leaf.group)).astype(np.int16)
     return wide if wide.shape[1] == 1 else wide.repeat(leaf.group, axis=1)[:, :columns]

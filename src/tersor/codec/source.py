@@ -8,13 +8,15 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any, Protocol
 
 from tersor.codec.errors import Unreadable
 from tersor.errors import FileError, OptionError
 
 Data = bytes | memoryview
+
+Place = Any
+"""A path, an object with `read`, or a `Ranges`: whatever `opened` takes."""
 
 _MAPPED = 2**20
 """Bytes from which a file is mapped instead of read."""
@@ -44,13 +46,12 @@ class Memory:
 class Ranges:
     """A file of which any range can be asked for, wherever it is.
 
-    read_range: (offset, length) -> that many bytes; called from one thread at a time
+    read_range: (offset, length) -> that many bytes; called by one thread at a time
     size: bytes of the whole file
     """
 
     def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
         self._read_range = read_range
-        self._lock = Lock()
         self.size: int | None = size
 
     def read(self, offset: int, length: int) -> Data:
@@ -58,8 +59,7 @@ class Ranges:
             length = max(0, min(length, self.size - offset))
         if not length:
             return b""
-        with self._lock:
-            found = self._read_range(offset, length)
+        found = self._read_range(offset, length)
         if len(found) != length:
             raise Unreadable(f"{len(found)} bytes came where {length} were asked for")
         return found
@@ -114,7 +114,7 @@ def _file(path: Path) -> Iterator[Source]:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise FileError("it is not a regular file; give the path of a .tersor file")
-        if status.st_size < _MAPPED:
+        if not status.st_size or status.st_size < _MAPPED:
             yield Memory(file.read())
             return
         # Unmapped when the last view of it is gone; closing it here would fail while one is left.
