@@ -16,18 +16,19 @@ template <class T>
 using Flat = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Output = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Shapes = nb::ndarray<const uint32_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
+using Shapes = nb::ndarray<const uint32_t, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>;
 using Frequencies = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 std::vector<Shape> checked_shapes(const Shapes& shapes, size_t count) {
   std::vector<Shape> found;
   uint64_t total = 0;
   for (size_t i = 0; i < shapes.shape(0); ++i) {
-    const uint32_t* at = shapes.data() + 3 * i;
-    Shape shape{at[0], at[1], at[2]};
+    const uint32_t* at = shapes.data() + 4 * i;
+    Shape shape{at[0], at[1], at[2], at[3]};
     if (shape.kernel == 0 || shape.columns % shape.kernel) {
       throw std::invalid_argument("kernel must divide the columns");
     }
+    trellis_of(shape.states);
     if (shape.rows > 0x7fffffff || shape.columns > 0x7fffffff) {
       throw std::invalid_argument("a matrix has too many rows or columns");
     }

@@ -20,11 +20,13 @@ struct Span {
   size_t size;
 };
 
-// A matrix of codes; `kernel` neighbouring columns belong to one input channel.
+// A matrix of codes; `kernel` neighbouring columns belong to one input channel. With more than one
+// state a trellis runs along each row.
 struct Shape {
   uint32_t rows;
   uint32_t columns;
-  uint32_t kernel;
+  uint32_t kernel = 1;
+  uint32_t states = 1;
 
   size_t size() const { return size_t{rows} * columns; }
 };

@@ -56,13 +56,15 @@ class Tail {
   Probability lengths_[33], upper_[16][2];
 };
 
-// One context: the magnitude expected from the neighbours.
+// One context: the magnitude expected from the neighbours, and the trellis's quantizer.
 template <class Coder>
 class Small {
  public:
   explicit Small(Coder& coder) : tail(coder) {}
 
-  void look(const Neighbours& near) { flags_ = chances_[level(near.expected, 4, kMostLevel)]; }
+  void look(const Neighbours& near) {
+    flags_ = chances_[near.odd][level(near.expected, 4, kMostLevel)];
+  }
 
   int flag(int i, int value) { return tail.bit(value, flags_[i]); }
 
@@ -75,7 +77,7 @@ class Small {
   Tail<Coder> tail;
 
  private:
-  Probability chances_[kMostLevel + 1][16], signs_[101];
+  Probability chances_[2][kMostLevel + 1][16], signs_[101];
   Probability* flags_ = nullptr;
 };
 
@@ -85,8 +87,8 @@ template <class Coder>
 class Mixed {
  public:
   explicit Mixed(Coder& coder)
-      : tail(coder), coder_(coder), chances_(kSlots * 16), signs_(8 * 1024),
-        mixers_(256 + 1024 + 8 + 64), corrections_(1024 + 64) {
+      : tail(coder), coder_(coder), chances_(2 * kSlots * 16), signs_(8 * 1024),
+        mixers_(256 + 1024 + 8 + 64), corrections_(2048 + 64) {
     for (auto& mixer : mixers_) std::fill(mixer.weight, mixer.weight + 8, 16384 / 4);
     for (auto& correction : corrections_) {
       for (int i = 0; i < 33; ++i) {
@@ -119,7 +121,9 @@ class Mixed {
     first[6] = near.spatial() ? level(corner, 2, 31) * 32 + level(expected, 2, 31)
                               : level(further, 2, 15) * 64 + level_;
     first[7] = level(near.of_channel, 2, 31) * 32 + level(near.of_rows, 2, 31);
-    for (int i = 0; i < 8; ++i) slots_[i] = &chances_[(kFirst[i] + first[i]) * 16];
+    int quantizer = near.odd * kSlots;
+    for (int i = 0; i < 8; ++i) slots_[i] = &chances_[(quantizer + kFirst[i] + first[i]) * 16];
+    correction_ = (near.odd * 64 + level_) * 16;
     mixer_ = (near.spatial() * 16) * 8 + std::min(near.shift, 7);
   }
 
@@ -127,7 +131,7 @@ class Mixed {
     Probability* inputs[8];
     for (int j = 0; j < 8; ++j) inputs[j] = slots_[j] + i;
     return mix(value, inputs, mixers_[mixer_ + i * 8], mixers_[256 + level_ * 16 + i],
-               corrections_[level_ * 16 + i]);
+               corrections_[correction_ + i]);
   }
 
   int sign(const Neighbours& near, int value, uint64_t size) {
@@ -159,7 +163,7 @@ class Mixed {
     int kind = near.spatial();
     return mix(value, inputs, mixers_[1280 + kind * 4 + beyond],
                mixers_[1288 + kind * 32 + std::min(near.position, 24)],
-               corrections_[1024 + kind * 32 + lean + 12]);
+               corrections_[2048 + kind * 32 + lean + 12]);
   }
 
  private:
@@ -213,7 +217,7 @@ class Mixed {
   std::vector<Mixer> mixers_;
   std::vector<Correction> corrections_;
   Probability* slots_[8] = {};
-  int level_ = 0, mixer_ = 0;
+  int level_ = 0, mixer_ = 0, correction_ = 0;
 };
 
 // Codes a matrix, or fills it with the codes decoded.

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.codec import coders
-from tersor.codec.coders import Shape, adaptive, floats, huffman, native, rans, static
+from tersor.codec.coders import Shape, adaptive, floats, huffman, native, neighbours, rans, static
 from tersor.codec.coders.arithmetic import HALF, RangeDecoder, RangeEncoder
 
 MODULES = (adaptive, rans, huffman, floats)
 KERNELS = (1, 9, 25, 3)
+STATES = (1, 4, 8, 16, 32, 64)
 
 compiled = pytest.mark.skipif(native.native() is None, reason="the compiled coders are not built")
 
@@ -32,9 +33,9 @@ def in_python(work):
 
 @st.composite
 def groups(draw, most=60):
-    """Matrices of one to three kinds of layout, from all zero to very large codes."""
+    """Matrices of one to three kinds of layout and trellis, from all zero to very large codes."""
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    codes, kernels = [], []
+    codes, kernels, states = [], [], []
     for _ in range(draw(st.integers(1, 3))):
         kernel = draw(st.sampled_from(KERNELS))
         columns = kernel * draw(st.integers(0, most // kernel // 4 + 1))
@@ -42,11 +43,12 @@ def groups(draw, most=60):
         scale = draw(st.sampled_from((0, 0.05, 0.6, 2, 30, 2000, 2**20)))
         codes.append(np.rint(random.laplace(0, 1, (rows, columns)) * scale).astype(np.int32))
         kernels.append(kernel)
-    return codes, kernels
+        states.append(draw(st.sampled_from(STATES)))
+    return codes, kernels, states
 
 
-def shapes_of(codes, kernels):
-    return [Shape(*c.shape, k) for c, k in zip(codes, kernels, strict=True)]
+def shapes_of(codes, kernels, states):
+    return [Shape(*c.shape, k, s) for c, k, s in zip(codes, kernels, states, strict=True)]
 
 
 def geometric(count, chance, seed=0):
@@ -61,9 +63,9 @@ def geometric(count, chance, seed=0):
 @settings(max_examples=40, deadline=None)
 @given(group=groups())
 def test_all_codes_come_back(profile, group):
-    codes, kernels = group
-    stream = coders.encode_group(codes, profile=profile, kernels=kernels)
-    back = coders.decode_group(stream, shapes_of(codes, kernels), profile=profile)
+    codes, kernels, states = group
+    stream = coders.encode_group(codes, profile=profile, kernels=kernels, states=states)
+    back = coders.decode_group(stream, shapes_of(*group), profile=profile)
     assert all(np.array_equal(a, b) for a, b in zip(codes, back, strict=True))
 
 
@@ -72,11 +74,11 @@ def test_all_codes_come_back(profile, group):
 @settings(max_examples=15, deadline=None)
 @given(group=groups(most=30))
 def test_both_languages_write_the_same_bytes_and_read_each_other(profile, group):
-    codes, kernels = group
-    shapes = shapes_of(codes, kernels)
+    codes, kernels, states = group
+    shapes = shapes_of(*group)
 
     def encode():
-        return coders.encode_group(codes, profile=profile, kernels=kernels)
+        return coders.encode_group(codes, profile=profile, kernels=kernels, states=states)
 
     stream = encode()
     assert in_python(encode) == stream
@@ -145,6 +147,47 @@ def test_smooth_kernels_cost_less_than_the_same_codes_shuffled():
         assert smooth < most * len(coders.encode(shuffled, profile=profile, kernel=9))
 
 
+def trellis_codes(weights, states):
+    """The codes of the points nearest to weights in steps of the union, along a trellis; greedy."""
+    carried, fed = neighbours.TRELLISES[states]
+    codes = np.empty(weights.shape, np.int32)
+    for row, into in zip(weights, codes, strict=True):
+        state = 0
+        for i, weight in enumerate(row):
+            odd = state & 1
+            size = int((abs(weight) + odd) / 2 + 0.5)
+            into[i] = size if weight > 0 else -size
+            state = state >> 1 ^ odd * carried ^ (size & 1) * fed
+    return codes
+
+
+@pytest.mark.parametrize("states", STATES[1:])
+def test_codes_of_a_trellis_cost_less_where_the_coder_knows_of_it(states):
+    weights = np.random.default_rng(3).normal(0, 1.5, (200, 200))
+    codes = trellis_codes(weights, states)
+    for profile in ("small", "max"):
+        blind = len(coders.encode(codes, profile=profile))
+        assert len(coders.encode(codes, profile=profile, states=states)) < 0.95 * blind
+        assert len(coders.encode(codes, profile=profile, states=64 if states < 64 else 4)) > (
+            0.99 * blind
+        )
+
+
+def test_the_trellis_worked_by_hand():
+    # Eight states: 0 -1-> 2 -0-> 1 -3-> 0^5^2 = 7 -0-> 3^5 = 6. Of state 1, code 3 is weight 5,
+    # and of state 7, code -2 weight -3.
+    near = neighbours.Neighbours(Shape(1, 6, 1, 8))
+    near.start_row(0)
+    seen = []
+    for column, code in enumerate((1, 0, 3, -2, 0)):
+        near.look(column)
+        seen.append(near.odd)
+        near.add(code)
+    near.look(5)
+    assert seen == [0, 0, 1, 1, 0]
+    assert [near.here(back) for back in (5, 4, 3, 2, 1)] == [2, 0, 5, -3, 0]
+
+
 def test_a_group_takes_less_than_its_matrices():
     parts = [geometric(2_000, 0.4, seed)[0] for seed in range(20)]
     for profile in ("fast", "small", "max"):
@@ -210,6 +253,15 @@ def test_frequencies_fill_their_table_and_forget_no_symbol(total):
         found = static.frequencies(np.array(weights, np.int64), total)
         assert found.sum() == total
         assert all((f > 0) >= (w > 0) for f, w in zip(found, weights, strict=True))
+
+
+@pytest.mark.parametrize("states", [0, 2, 3, 128, -8])
+def test_a_trellis_of_another_size_is_refused(states):
+    codes = np.zeros((2, 3), int)
+    with pytest.raises(ValueError, match=rf"states={states}; .*\[1, 4, 8, 16, 32, 64\]"):
+        coders.encode(codes, profile="small", states=states)
+    with pytest.raises(ValueError, match=rf"states={states}"):
+        coders.decode(b"", (2, 3), profile="fast", states=states)
 
 
 @pytest.mark.parametrize("profile", coders.PROFILES)

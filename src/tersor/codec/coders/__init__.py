@@ -22,7 +22,7 @@ from tersor.codec.coders.adaptive import Array, Data
 from tersor.codec.coders.delta import decode_delta, encode_delta
 from tersor.codec.coders.floats import decode_floats, encode_floats
 from tersor.codec.coders.models import MOST_CODE
-from tersor.codec.coders.neighbours import Shape
+from tersor.codec.coders.neighbours import TRELLISES, Shape
 
 __all__ = [
     "PROFILES",
@@ -50,14 +50,15 @@ _PROFILES: dict[str, tuple[_Encoder, _Decoder]] = {
 PROFILES = tuple(_PROFILES)
 
 
-def encode(codes: Array, *, profile: str, kernel: int = 1) -> bytes:
+def encode(codes: Array, *, profile: str, kernel: int = 1, states: int = 1) -> bytes:
     """A matrix of integers as bytes.
 
     codes: (rows, columns), of any integer type, values from -(2**31 - 1) to 2**31 - 1
     profile: one of PROFILES
     kernel: neighbouring columns that belong to one input channel; 9 for a 3 x 3 convolution
+    states: of the trellis along each row, 4, 8, 16, 32 or 64; 1 for codes without one
     """
-    return encode_group([codes], profile=profile, kernels=[kernel])
+    return encode_group([codes], profile=profile, kernels=[kernel], states=[states])
 
 
 def decode(
@@ -66,6 +67,7 @@ def decode(
     *,
     profile: str,
     kernel: int = 1,
+    states: int = 1,
     dtype: type[np.signedinteger] = np.int32,
 ) -> Array:
     """The inverse of `encode`. Raises ValueError for bytes that no encoder writes.
@@ -75,13 +77,23 @@ def decode(
     shape: (rows, columns); the bytes do not hold it
     dtype: int8, int16 or int32, large enough for every code
     """
-    (found,) = decode_group(data, [Shape(*shape, kernel)], profile=profile, dtype=dtype)
+    (found,) = decode_group(data, [Shape(*shape, kernel, states)], profile=profile, dtype=dtype)
     return found
 
 
-def encode_group(codes: Sequence[Array], *, profile: str, kernels: Sequence[int]) -> bytes:
-    """Several matrices as one stream: what one teaches about the codes serves the next."""
-    shapes = [_shape(matrix, kernel) for matrix, kernel in zip(codes, kernels, strict=True)]
+def encode_group(
+    codes: Sequence[Array],
+    *,
+    profile: str,
+    kernels: Sequence[int],
+    states: Sequence[int] | None = None,
+) -> bytes:
+    """Several matrices as one stream: what one teaches about the codes serves the next.
+
+    kernels, states: of each matrix, as in `encode`; None for no trellis in any
+    """
+    all_states = [1] * len(codes) if states is None else states
+    shapes = [_shape(*given) for given in zip(codes, kernels, all_states, strict=True)]
     for matrix in codes:
         if matrix.size and not -MOST_CODE <= int(matrix.min()) <= int(matrix.max()) <= MOST_CODE:
             raise ValueError(f"codes must lie from -{MOST_CODE} to {MOST_CODE}")
@@ -98,6 +110,8 @@ def decode_group(
     dtype: type[np.signedinteger] = np.int32,
 ) -> list[Array]:
     """The inverse of `encode_group`; see `decode`."""
+    for shape in shapes:
+        _check(shape)
     found = np.empty(sum(shape.size for shape in shapes), np.int32 if _adapts(profile) else dtype)
     _PROFILES[profile][1](data, shapes, found)
     limits = np.iinfo(dtype)
@@ -113,9 +127,16 @@ def _adapts(profile: str) -> bool:
     return profile in ("small", "max")
 
 
-def _shape(matrix: Array, kernel: int) -> Shape:
+def _shape(matrix: Array, kernel: int, states: int) -> Shape:
     if matrix.ndim != 2 or matrix.dtype.kind not in "iu":
         raise ValueError(f"codes are {matrix.dtype} of shape {matrix.shape}; give integer matrices")
-    if kernel < 1 or matrix.shape[1] % kernel:
-        raise ValueError(f"kernel={kernel} does not divide the {matrix.shape[1]} columns")
-    return Shape(matrix.shape[0], matrix.shape[1], kernel)
+    shape = Shape(matrix.shape[0], matrix.shape[1], kernel, states)
+    _check(shape)
+    return shape
+
+
+def _check(shape: Shape) -> None:
+    if shape.kernel < 1 or shape.columns % shape.kernel:
+        raise ValueError(f"kernel={shape.kernel} does not divide the {shape.columns} columns")
+    if shape.states not in TRELLISES:
+        raise ValueError(f"states={shape.states}; a trellis has one of {list(TRELLISES)}")

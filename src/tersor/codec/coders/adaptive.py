@@ -65,8 +65,8 @@ class Side:
 
 
 def as_array(shapes: Sequence[Shape]) -> Array:
-    """(matrices, 3), for the compiled coders."""
-    return np.array(shapes, np.uint32).reshape(-1, 3)
+    """(matrices, 4), for the compiled coders."""
+    return np.array(shapes, np.uint32).reshape(-1, 4)
 
 
 def _model(coder: BitCoder, mixed: bool) -> Model:

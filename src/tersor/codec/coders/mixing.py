@@ -18,6 +18,7 @@ from tersor.codec.coders.probability import (
 )
 
 _FIRST = (0, 64, 1088, 5184, 9280, 10304, 11136, 12160)
+_SLOTS = 13184
 _MOST_WEIGHT = 65535
 
 
@@ -52,13 +53,15 @@ class Mixed:
             else level(further, 2, 15) * 64 + most,
             level(near.of_channel, 2, 31) * 32 + level(near.of_rows, 2, 31),
         )
-        self._slots = [(first + c) * 16 for first, c in zip(_FIRST, contexts, strict=True)]
+        start = near.odd * _SLOTS
+        self._slots = [(start + first + c) * 16 for first, c in zip(_FIRST, contexts, strict=True)]
+        self._correction = (near.odd * 64 + most) * 16
         self._mixer = near.spatial * 128 + min(near.shift, 7)
 
     def flag(self, i: int, value: int) -> int:
         inputs = [slot + i for slot in self._slots]
-        cell = self._level * 16 + i
-        return self._mix(value, inputs, (self._mixer + i * 8, 256 + cell), cell)
+        mixers = (self._mixer + i * 8, 256 + self._level * 16 + i)
+        return self._mix(value, inputs, mixers, self._correction + i)
 
     def sign(self, near: Neighbours, value: int, size: int) -> int:
         beyond = min(size, 4) - 1
@@ -77,7 +80,7 @@ class Mixed:
         inputs = [2**20 + j * 1024 + context for j, context in enumerate(contexts)]
         place = near.spatial * 32 + min(near.position, 24)
         mixers = (1280 + near.spatial * 4 + beyond, 1288 + place)
-        return self._mix(value, inputs, mixers, 1024 + near.spatial * 32 + lean)
+        return self._mix(value, inputs, mixers, 2048 + near.spatial * 32 + lean)
 
     def _mix(self, bit: int, inputs: list[int], mixers: tuple[int, int], correction: int) -> int:
         chances = [self._chances.setdefault(i, Probability()) for i in inputs]

@@ -71,16 +71,18 @@ class Model(Protocol):
 
 
 class Small:
-    """One context: the magnitude expected from the neighbours."""
+    """One context: the magnitude expected from the neighbours, and the trellis's quantizer."""
 
     def __init__(self, coder: BitCoder) -> None:
         self.tail = Tail(coder)
         self._coder = coder
-        self._chances = [[Probability() for _ in range(16)] for _ in range(MOST_LEVEL + 1)]
+        self._chances = [
+            [[Probability() for _ in range(16)] for _ in range(MOST_LEVEL + 1)] for _ in range(2)
+        ]
         self._signs = [Probability() for _ in range(101)]
 
     def look(self, near: Neighbours) -> None:
-        self._flags = self._chances[level(near.expected, 4, MOST_LEVEL)]
+        self._flags = self._chances[near.odd][level(near.expected, 4, MOST_LEVEL)]
 
     def flag(self, i: int, value: int) -> int:
         return code(self._coder, value, self._flags[i])

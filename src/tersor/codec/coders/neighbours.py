@@ -8,14 +8,29 @@ UNIT = 16
 """Of expected magnitudes."""
 _START = 4 * UNIT
 _WIDTHS = {9: 3, 25: 5, 49: 7}
+TRELLISES = {
+    1: (0, 0),
+    4: (0b10, 0b01),
+    8: (0b101, 0b010),
+    16: (0b1001, 0b0010),
+    32: (0b10010, 0b00100),
+    64: (0b100001, 0b001010),
+}
+"""Of each number of states: what is added to a halved state whose lowest bit was set, and what for
+an odd code."""
 
 
 class Shape(NamedTuple):
-    """Of a matrix of codes; `kernel` neighbouring columns belong to one input channel."""
+    """Of a matrix of codes; `kernel` neighbouring columns belong to one input channel.
+
+    states: of the trellis that runs along each row from state 0; 1 for none. The lowest bit of the
+        state says which weight, in steps of the union, a code k stands for: 2k, or 2k - sign(k)
+    """
 
     rows: int
     columns: int
     kernel: int = 1
+    states: int = 1
 
     @property
     def size(self) -> int:
@@ -36,9 +51,9 @@ def level(magnitude: int, resolution: int, most: int) -> int:
     return clamp(octave * resolution + ((fraction * resolution) >> 5) - resolution, 0, most)
 
 
-def magnitude(code: int) -> int:
-    """In units of expected magnitudes."""
-    return abs(code) * UNIT
+def magnitude(halves: int) -> int:
+    """Of a weight in half steps, as rows are kept, in units of expected magnitudes."""
+    return abs(halves) * (UNIT // 2)
 
 
 class Neighbours:
@@ -48,6 +63,7 @@ class Neighbours:
         and the codes nearby, let expect
     lean: which sign and how large the codes beside it in the kernel let expect
     shift: how many low bits of the magnitude carry next to no information
+    odd: which of the trellis's two quantizers the code at this column belongs to
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -61,6 +77,8 @@ class Neighbours:
         self._near = self._far = _START
         self._column = [0] * shape.columns
         self._channel = [_START] * self.kernel
+        self._carried, self._fed = TRELLISES[shape.states]
+        self._state = self.odd = 0
 
     def start_row(self, row: int) -> None:
         """Moves before a row, all rows above being known."""
@@ -68,6 +86,7 @@ class Neighbours:
         self._rows = [[0] * len(self._rows[0]), *self._rows[:2]]
         self._near = self._far
         self._channel = [self._near] * self.kernel
+        self._state = self.odd = 0
 
     def look(self, column: int) -> None:
         """Moves to a column of the row, all columns before it being known."""
@@ -100,9 +119,13 @@ class Neighbours:
 
     def add(self, code: int) -> None:
         """The code at the column looked at."""
-        capped = clamp(code, -CAP, CAP)
-        seen = magnitude(capped)
-        self._rows[0][self._at] = capped
+        # The weight that the code stands for: k, or with `odd` half a step nearer to zero.
+        halves = 2 * clamp(code, -CAP, CAP)
+        halves += self.odd * ((code < 0) - (code > 0))
+        seen = magnitude(halves)
+        self._rows[0][self._at] = halves
+        self._state = self._state >> 1 ^ self.odd * self._carried ^ (code & 1) * self._fed
+        self.odd = self._state & 1
         self._near += ((seen - self._near) * 26) >> 8
         self._far += ((seen - self._far) * 8) >> 8
         if self._row == 0:
@@ -114,21 +137,21 @@ class Neighbours:
         self._channel[self.position] += ((seen - running) * 40) >> 8
 
     def here(self, back: int) -> int:
-        """The code `back` columns before in this row, 0 before its start."""
+        """The weight in half steps `back` columns before in this row, 0 before its start."""
         return self._rows[0][self._at - back]
 
     def above(self, right: int = 0) -> int:
-        """The code in the row above, `right` columns to the right."""
+        """The weight in the row above, `right` columns to the right."""
         return self._rows[1][self._at + right]
 
     def two_above(self) -> int:
-        """The code two rows above."""
+        """The weight two rows above."""
         return self._rows[2][self._at]
 
     def relative(self, total: int, scale: int, most: int) -> int:
-        """A sum of codes against the magnitude expected, times `scale`, at most `most` either way.
+        """A sum of weights against the magnitude expected, times `scale`, of at most `most`.
 
-        One step is (expected + UNIT) / (16 * scale).
+        One step is (expected + UNIT) / (8 * scale).
         """
-        steps = min((abs(total) * scale * self._inverse) >> 16, most)
+        steps = min((abs(total) * scale * self._inverse) >> 17, most)
         return -steps if total < 0 else steps
