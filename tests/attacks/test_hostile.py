@@ -164,7 +164,7 @@ def test_a_chunk_has_no_more_elements_than_a_decoder_may_take_on(tmp_path, refus
 
 
 def test_changes_need_a_base(pieces, refused):
-    row = pieces.header["runs"][0]
+    row = pieces.header["runs"][run(pieces, "int8")]
     row[2:] = [0, 1]
     refused(pieces, "does not say what its changes are from")
     pieces.preamble = {"required": 1}

@@ -1,4 +1,4 @@
-"""Reads the tensors of a file: chunk by chunk, on several threads, each chunk checked first."""
+"""Reads tensors out of a file: the chunks that hold them, decoded on several threads."""
 
 from __future__ import annotations
 
@@ -7,29 +7,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from tersor.codec.container import digest_of
-from tersor.codec.errors import Unreadable
-from tersor.codec.header import Chunk, Header, Kind
-from tersor.codec.leaves import settled, target_type
-from tersor.codec.pack import (
-    CODERS,
-    Array,
-    as_one_row,
-    as_tensor,
-    decode_codes,
-    decode_words,
-    numpy_type,
-)
-from tersor.codec.source import Data, Source
-from tersor.errors import OptionError
+from tersor.codec.container import read_text
+from tersor.codec.decoding import Target, Window, decode, target_of
+from tersor.codec.errors import Unreadable, about
+from tersor.codec.header import Chunk, Header
+from tersor.codec.header_reader import parse
+from tersor.codec.leaves import settled
+from tersor.codec.pack import Array
+from tersor.codec.source import Data, Place, Source, name_of, opened
+from tersor.errors import FileError, OptionError
 
 THREADS = min(4, os.cpu_count() or 1)
 _BATCH = 2**23
@@ -39,65 +27,107 @@ _IN_FLIGHT = 2**24
 _ALONE = 2**16
 """Elements that are decoded before a thread would have started."""
 
-Window = tuple[int, int]
-
-
-def read_tensors(source: Source, header: Header, threads: int) -> list[Tensor]:
-    """Every plain tensor, in the order of the leaves. All bytes of the file have been checked."""
-    found = read_leaves(source, header, dict.fromkeys(range(len(header.leaves))), threads)
-    return [
-        as_tensor(array, header.dtype(leaf.plain), leaf.plain.shape)
-        for leaf, array in zip(header.leaves, found.values(), strict=True)
-    ]
-
 
 def read_leaves(
-    source: Source, header: Header, wanted: Mapping[int, Window | None], threads: int
+    source: Source,
+    header: Header,
+    wanted: Mapping[int, Window | None],
+    threads: int,
+    base: Place | None = None,
 ) -> dict[int, Array]:
     """Elements of some leaves, flat; only the chunks that hold some of them are read.
 
     wanted: leaf -> its first element and the one after its last, None for all. The zero points of
         a leaf come with it
+    base: the file that changes are counted from
     """
     if type(threads) is not int or threads < 1:
         raise OptionError(f"threads={threads!r:.40}; give a whole number >= 1")
-    targets = {index: _target(header, index, window) for index, window in wanted.items()}
-    numbers = [n for n, chunk in enumerate(header.chunks) if _holds(header, chunk, targets)]
-    total = sum(header.chunks[number].count for number in numbers)
-    with _pool(threads, total) as start:
-        for number, data in _read(source, header, numbers):
-            start(header.chunks[number].count, partial(_decode, header, number, data, targets))
+    targets = _coded(source, header, wanted, threads, _bases(header, wanted, threads, base))
     return {
         index: settled(header.leaves[index], target.array, _zero(header, index, targets))
         for index, target in targets.items()
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Room for what is coded of a leaf, from its element `start` on."""
-
-    array: Array
-    start: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.array.size
+def read_coded(place: Place) -> tuple[Header, list[Array]]:
+    """What is coded of each leaf of a file that others count changes from."""
+    with about(name_of(place)), opened(place) as source:
+        header = parse(read_text(source))
+        _check_own(header)
+        wanted = dict.fromkeys(range(len(header.leaves)))
+        targets = _coded(source, header, wanted, THREADS, {})
+    return header, [target.array for target in targets.values()]
 
 
-def _target(header: Header, index: int, window: Window | None) -> _Target:
-    """Room, filled where the leaf is all one value."""
+def _check_own(header: Header) -> None:
+    if header.base:
+        raise FileError(
+            "it is stored as changes from another file itself; give one that holds all its weights"
+        )
+
+
+def _bases(
+    header: Header, wanted: Mapping[int, Window | None], threads: int, base: Place | None
+) -> dict[int, Array]:
+    """What the base has in place of those leaves that are stored as changes."""
+    changed = {index: window for index, window in wanted.items() if header.changed(index)}
+    if not changed:
+        return {}
+    if base is None:
+        raise FileError(
+            f"its weights are stored as changes from the file with the identity {header.base}; "
+            "give that with base="
+        )
+    with about(name_of(base)), opened(base) as source:
+        other = parse(read_text(source))
+        _check_own(other)
+        if other.identity != header.base:
+            raise FileError(
+                f"it has the identity {other.identity}, and changes are counted from "
+                f"{header.base}; give the file that was the base when they were saved"
+            )
+        places = {(leaf.name, leaf.part): index for index, leaf in enumerate(other.leaves)}
+        found = {index: _counterpart(header, index, other, places) for index in changed}
+        targets = _coded(
+            source, other, {found[index]: window for index, window in changed.items()}, threads, {}
+        )
+    return {index: targets[found[index]].array for index in changed}
+
+
+def _counterpart(
+    header: Header, index: int, other: Header, places: Mapping[tuple[str, str], int]
+) -> int:
     leaf = header.leaves[index]
-    kind = header.kinds[leaf.plain.kind]
-    start, end = window or (0, leaf.matrix.size)
-    width = target_type(leaf, numpy_type(kind.dtype))
-    if isinstance(kind.run, bytes) and kind.run:
-        value = np.frombuffer(kind.run, numpy_type(kind.dtype))
-        return _Target(np.full(end - start, value, width), start)
-    return _Target(np.empty(end - start, width), start)
+    found = places.get((leaf.name, leaf.part), -1)
+    own = other.leaves[found]
+    alike = (own.matrix, own.mask, own.zero) == (leaf.matrix, leaf.mask, leaf.zero)
+    if found < 0 or not alike or other.dtype(own.plain) != header.dtype(leaf.plain):
+        raise Unreadable(f'"{leaf.name}" is a change from what its base does not have')
+    return found
 
 
-def _holds(header: Header, chunk: Chunk, targets: Mapping[int, _Target]) -> bool:
+def _coded(
+    source: Source,
+    header: Header,
+    wanted: Mapping[int, Window | None],
+    threads: int,
+    bases: Mapping[int, Array],
+) -> dict[int, Target]:
+    """What is coded of some leaves."""
+    targets = {
+        index: target_of(header, index, window, bases.get(index))
+        for index, window in wanted.items()
+    }
+    numbers = [n for n, chunk in enumerate(header.chunks) if _holds(header, chunk, targets)]
+    total = sum(header.chunks[number].count for number in numbers)
+    with _pool(threads, total) as start:
+        for number, data in _read(source, header, numbers):
+            start(header.chunks[number].count, partial(decode, header, number, data, targets))
+    return targets
+
+
+def _holds(header: Header, chunk: Chunk, targets: Mapping[int, Target]) -> bool:
     """Whether a chunk holds elements that are wanted."""
     inside = [index for index in header.inside[chunk.run] if index in targets]
     if header.runs[chunk.run].unit is None or not inside:
@@ -106,7 +136,7 @@ def _holds(header: Header, chunk: Chunk, targets: Mapping[int, _Target]) -> bool
     return chunk.start < target.end and target.start < chunk.start + chunk.count
 
 
-def _zero(header: Header, index: int, targets: Mapping[int, _Target]) -> Array | None:
+def _zero(header: Header, index: int, targets: Mapping[int, Target]) -> Array | None:
     leaf = header.leaves[index]
     return targets[index + leaf.zero].array if leaf.zero else None
 
@@ -160,62 +190,3 @@ def _batches(chunks: Sequence[Chunk], wanted: Sequence[int]) -> Iterator[list[in
         size += chunks[number].length
     if batch:
         yield batch
-
-
-def _decode(header: Header, number: int, data: Data, targets: Mapping[int, _Target]) -> None:
-    """Fills `targets` with the elements of a chunk. Raises Unreadable naming the chunk."""
-    chunk = header.chunks[number]
-    if len(data) != chunk.length or digest_of(data) != chunk.digest:
-        raise Unreadable(f"the checksum of chunk {number} is wrong")
-    inside = header.inside[chunk.run]
-    kinds = [header.kinds[header.leaves[index].plain.kind] for index in inside]
-    room = [targets.get(index) for index in inside]
-    try:
-        found = _elements(chunk, header.runs[chunk.run].coder, data, kinds, room)
-        for target, elements, kind in zip(room, found, kinds, strict=True):
-            if target is not None:
-                _fill(target, chunk.start, elements, kind)
-    except Unreadable as error:
-        raise Unreadable(f"chunk {number} {error}") from None
-
-
-def _elements(
-    chunk: Chunk,
-    coder: str,
-    data: Data,
-    kinds: Sequence[Kind],
-    room: Sequence[_Target | None],
-) -> list[Array]:
-    """What a chunk holds of each of its leaves."""
-    words = coder not in CODERS
-    shapes = as_one_row(chunk.shapes, words=words)
-    if words:
-        found = [decode_words(data, shapes[0], coder, kinds[0].dtype)]
-    else:
-        found = decode_codes(data, shapes, coder, _width(room, kinds))
-    if len(shapes) == len(chunk.shapes):
-        return found
-    return np.split(found[0], np.cumsum([shape.size for shape in chunk.shapes])[:-1])
-
-
-def _width(room: Sequence[_Target | None], kinds: Sequence[Kind]) -> type[np.signedinteger[Any]]:
-    """The narrowest type that the coders give and all targets can take as it is."""
-    if not any(kind.center for kind in kinds):
-        for width in (np.int8, np.int16):
-            if all(target is not None and target.array.dtype == width for target in room):
-                return width
-    return np.int32
-
-
-def _fill(target: _Target, start: int, elements: Array, kind: Kind) -> None:
-    """Copies those elements, the first of them number `start`, for which there is room."""
-    first, last = max(start, target.start), min(start + elements.size, target.end)
-    elements = elements[first - start : last - start]
-    room = target.array[first - target.start : last - target.start]
-    if room.dtype != elements.dtype:
-        elements = elements.astype(np.int64) + kind.center if kind.center else elements
-        limits = np.iinfo(room.dtype)
-        most = 1 if kind.dtype is torch.bool else limits.max
-        if elements.size and (elements.min() < limits.min or elements.max() > most):
-            raise Unreadable("holds a code too large for its type")
-    room[:] = elements

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tersor.errors import FileError
 
@@ -29,3 +30,14 @@ def about(name: str) -> Iterator[None]:
         raise FileError(
             f"{name} cannot be read: {error.strerror or error}; give a .tersor file"
         ) from error
+
+
+def whole(value: Any) -> bool:
+    """Whether a JSON value is a whole number from 0."""
+    return type(value) is int and 0 <= value < 2**62
+
+
+def expect(held: bool, rule: str) -> None:
+    """Raises Unreadable with `rule` unless it held."""
+    if not held:
+        raise Unreadable(rule)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tersor.codec.assemble import assembled, check_rebuildable
-from tersor.codec.chunks import THREADS, read_tensors
+from tersor.codec.base import Base
+from tersor.codec.chunks import THREADS, read_leaves
 from tersor.codec.container import canonical, read_text, write
 from tersor.codec.contents import collect, rebuild
 from tersor.codec.errors import Unreadable, about
@@ -17,6 +18,7 @@ from tersor.codec.header import Header, Plain, as_json, typed
 from tersor.codec.header_reader import parse
 from tersor.codec.into import check_complete, place
 from tersor.codec.leaves import all_leaves
+from tersor.codec.pack import as_tensor
 from tersor.codec.runs import PROFILES, encoded
 from tersor.codec.shelf import Shelf
 from tersor.codec.source import Pipe, Place, name_of, opened
@@ -40,6 +42,7 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     profile: str = "small",
+    base: Place | None = None,
 ) -> Path:
     """Writes `model` to `path` as one file, whole or not at all.
 
@@ -52,6 +55,8 @@ def save(
     recipe: what was done to the model; by default the steps noted on it
     metrics, provenance: mappings of JSON values to keep with it
     profile: "fast" to load, "small", or "max" for the smallest file; all hold the same numbers
+    base: a file of an earlier state of the model; what has changed since is stored as changes, and
+        the file can only be loaded beside it
 
     Raises ExportError for a model whose forward pass cannot be stored, ModelError for weights that
     are not finite, OutputError where the file cannot be written.
@@ -59,7 +64,7 @@ def save(
     path = Path(path)
     if profile not in PROFILES:
         raise OptionError(f"profile={profile!r:.40} is not one of {list(PROFILES)}")
-    notes = {
+    notes: dict[str, Any] = {
         "recipe": _steps(recipe_of(model) if recipe is None else recipe),
         "metrics": _noted("metrics", metrics),
         "provenance": _noted("provenance", provenance),
@@ -72,30 +77,41 @@ def save(
         check_rebuildable(entries, program, type(model).__name__)
         constants = dict(sorted(program.constants.items()))
     plain = [(name, Plain(tuple(tensor.shape), 0)) for name, tensor in constants.items()]
-    shelf = Shelf(list(all_leaves(entries, plain)), [*tensors, *constants.values()])
+    earlier = None if base is None else Base(base)
+    shelf = Shelf(list(all_leaves(entries, plain)), [*tensors, *constants.values()], earlier)
     entries, plain = typed(entries, plain, shelf.kind_of)
+    if shelf.changed and earlier is not None:
+        notes["base"] = earlier.header.identity
     write(
         path,
         as_json(entries, plain, shelf.kinds, notes),
         b"" if program is None else program.to_json(),
         (encoded(run, profile) for run in shelf.runs),
         _check_readable,
+        features=int(shelf.changed),
     )
     return path
 
 
-def load(path: Place, *, into: nn.Module | None = None, threads: int = THREADS) -> nn.Module:
+def load(
+    path: Place,
+    *,
+    into: nn.Module | None = None,
+    base: Place | None = None,
+    threads: int = THREADS,
+) -> nn.Module:
     """Rebuilds the model in `path`, in evaluation mode, with its recipe and metrics noted on it.
 
     path: of the file; or a binary file, from its start on; a pipe; `Ranges` of a remote file
     into: a module of the model's own class, on any device or the meta device, that takes the
         weights; without it the stored graph is run, and no code of the model is needed
+    base: the file that it was saved with as its base, where there was one
     threads: that decode; the result is the same for any number
 
     Raises FileError for a file that is damaged, hostile, too new, or does not fit `into`.
     """
     with about(name_of(path)):
-        header, items, program = _read(path, threads)
+        header, items, program = _read(path, threads, base)
         if into is not None:
             place(into, zip(header.entries, items, strict=True))
             check_complete(into)
@@ -117,10 +133,10 @@ def read_header(path: Place) -> Header:
         return parse(read_text(source))
 
 
-def verify(path: Place) -> Header:
+def verify(path: Place, *, base: Place | None = None) -> Header:
     """Reads and checks everything in the file: checksums, tensors, forms and graph."""
     with about(name_of(path)):
-        header, items, program = _read(path, THREADS)
+        header, items, program = _read(path, THREADS, base)
         if program is not None:
             assembled(header.entries, items, program)
         _recipe(header)
@@ -144,11 +160,16 @@ def _program(model: nn.Module, example: Example | None) -> Program | None:
     return program_of(model, example)
 
 
-def _read(path: Place, threads: int) -> Read:
+def _read(path: Place, threads: int, base: Place | None) -> Read:
     with opened(path) as source:
         text = read_text(source)
         header = parse(text)
-        tensors = read_tensors(source, header, threads)
+        wanted = dict.fromkeys(range(len(header.leaves)))
+        arrays = read_leaves(source, header, wanted, threads, base)
+    tensors = [
+        as_tensor(array, header.dtype(leaf.plain), leaf.plain.shape)
+        for leaf, array in zip(header.leaves, arrays.values(), strict=True)
+    ]
     items, constants = rebuild(header, tensors)
     program = Program.from_json(text.program, constants) if text.program else None
     return header, items, program

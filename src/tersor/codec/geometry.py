@@ -43,3 +43,8 @@ def pieces(shape: Shape, unit: int | None) -> Iterator[tuple[int, Shape]]:
         size = min(unit, along - start)
         cut = {"columns": size, "kernel": 1} if shape.rows == 1 else {"rows": size}
         yield start * (1 if shape.rows == 1 else shape.columns), shape._replace(**cut)
+
+
+def as_coded(shape: Shape, *, changed: bool) -> Shape:
+    """The matrix of a tensor, or of changes in it: no trellis runs along those."""
+    return shape._replace(states=1) if changed else shape

@@ -16,6 +16,9 @@ from tersor.version import VERSION
 if TYPE_CHECKING:
     from tersor.codec.leaves import Leaf
 
+SAME = "="
+"""What a header says of a tensor that is the base's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plain:
@@ -57,12 +60,13 @@ class Entry:
 class Kind:
     """What tensors have in common.
 
-    run: where their elements are, or the bytes of the one value that all elements have
+    run: where their elements are; the bytes of the one value that all elements have; or None, if
+        they are those of the base
     center: what was subtracted from their elements
     """
 
     dtype: torch.dtype
-    run: int | bytes
+    run: int | bytes | None
     center: int = 0
 
 
@@ -138,6 +142,11 @@ class Header:
         """Type of a plain tensor."""
         return self.kinds[tensor.kind].dtype
 
+    def changed(self, index: int) -> bool:
+        """Whether a leaf is stored as changes from the base."""
+        run = self.kinds[self.leaves[index].plain.kind].run
+        return run is None or (isinstance(run, int) and self.runs[run].changed)
+
     def stored_bytes(self, entry: Entry) -> float:
         """Its share of the file's chunks, by number of elements where a chunk holds several."""
         wanted = {id(plain) for plain in leaves(entry.tensor)}
@@ -212,6 +221,8 @@ def run_json(run: Run) -> list[Any]:
 
 def _kind_json(kind: Kind) -> list[Any]:
     name = DTYPE_NAMES[kind.dtype]
+    if kind.run is None:
+        return [name, SAME]
     if isinstance(kind.run, bytes):
         return [name, kind.run.hex()]
     return [name, kind.run, kind.center] if kind.center else [name, kind.run]

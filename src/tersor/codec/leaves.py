@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from tersor.codec.pack import Array
 class Leaf:
     """A plain tensor of an entry.
 
-    name: of the entry
+    name: of the entry; part: of its form, "values/codes" where forms hold each other
     matrix: what its elements, or the bits of a mask, are coded as
     mask: whether it is a bitmask's, of which each bit is coded
     index: whether it holds indices into a codebook, which lie around their median
@@ -31,6 +31,7 @@ class Leaf:
     name: str
     plain: Plain
     matrix: Shape
+    part: str = ""
     mask: bool = False
     index: bool = False
     zero: int = 0
@@ -46,32 +47,34 @@ def all_leaves(entries: Sequence[Entry], constants: Sequence[tuple[str, Plain]])
 
 
 def leaves_of(
-    tensor: Plain | Formed, name: str, weight: tuple[int, ...] | None = None
+    tensor: Plain | Formed, name: str, weight: tuple[int, ...] | None = None, above: str = ""
 ) -> Iterator[Leaf]:
-    """The plain tensors of an entry. weight: shape of the outermost form"""
+    """The plain tensors of an entry. weight: shape of the outermost form; above: its part"""
     if isinstance(tensor, Plain):
         yield Leaf(name, tensor, matrix_of(tensor.shape, tensor.shape))
         return
     weight = weight or tensor.shape
     for part, inner in tensor.parts:
         if isinstance(inner, Formed):
-            yield from leaves_of(inner, name, weight)
+            yield from leaves_of(inner, name, weight, f"{above}{part}/")
         else:
-            yield _part(tensor, part, inner, name, weight)
+            leaf = Leaf(name, inner, matrix_of(inner.shape, weight), above + part)
+            yield _special(leaf, tensor, part, weight)
 
 
-def _part(form: Formed, part: str, plain: Plain, name: str, weight: tuple[int, ...]) -> Leaf:
-    matrix = matrix_of(plain.shape, weight)
+def _special(leaf: Leaf, form: Formed, part: str, weight: tuple[int, ...]) -> Leaf:
+    """The leaf with what is peculiar to it as a part of `form`."""
+    shape = leaf.plain.shape
     match form.form, part:
         case "trellis", "codes" if form.config.get("states") in STATES:
-            return Leaf(name, plain, matrix_of(plain.shape, weight, form.config["states"]))
-        case "bitmask", "mask" if plain.shape == (-(-math.prod(form.shape) // 8),):
-            return Leaf(name, plain, matrix_of(form.shape, weight), mask=True)
+            return replace(leaf, matrix=matrix_of(shape, weight, form.config["states"]))
+        case "bitmask", "mask" if shape == (-(-math.prod(form.shape) // 8),):
+            return replace(leaf, matrix=matrix_of(form.shape, weight), mask=True)
         case "codebook", "codes":
-            return Leaf(name, plain, matrix, index=True)
+            return replace(leaf, index=True)
         case "affine", "codes" if group := _zero_group(form):
-            return Leaf(name, plain, matrix, zero=2, group=group)
-    return Leaf(name, plain, matrix)
+            return replace(leaf, zero=2, group=group)
+    return leaf
 
 
 def _zero_group(form: Formed) -> int:

@@ -94,8 +94,10 @@ def decode_codes(data: Data, shapes: Sequence[Shape], coder: str, dtype: Any) ->
     return [matrix.reshape(-1) for matrix in found]
 
 
-def encode_words(words: Array, shape: Shape, coder: str, dtype: torch.dtype) -> bytes:
-    """One matrix of words by one coder."""
+def encode_words(
+    words: Array, shape: Shape, coder: str, dtype: torch.dtype, base: Array | None = None
+) -> bytes:
+    """One matrix of words by one coder. base: words that `planes` counts changes from"""
     match coder:
         case "floats":
             matrix = words.reshape(shape.rows, shape.columns)
@@ -104,14 +106,17 @@ def encode_words(words: Array, shape: Shape, coder: str, dtype: torch.dtype) -> 
             return _encode_exponents(words, dtype)
         case "planes":
             matrix = words.reshape(shape.rows, shape.columns)
-            return coders.encode_delta(matrix, np.zeros_like(matrix))
+            base = np.zeros(words.size, words.dtype) if base is None else base
+            return coders.encode_delta(matrix, base.reshape(shape.rows, shape.columns))
         case "zstd":
             level = _LEVEL if words.nbytes <= _SMALL else _FAST_LEVEL
             return zstandard.ZstdCompressor(level=level).compress(words.tobytes())
     return words.tobytes()
 
 
-def decode_words(data: Data, shape: Shape, coder: str, dtype: torch.dtype) -> Array:
+def decode_words(
+    data: Data, shape: Shape, coder: str, dtype: torch.dtype, base: Array | None = None
+) -> Array:
     """The inverse, flat."""
     width, size = numpy_type(dtype), (shape.rows, shape.columns)
     try:
@@ -121,7 +126,8 @@ def decode_words(data: Data, shape: Shape, coder: str, dtype: torch.dtype) -> Ar
             case "exponents":
                 return _decode_exponents(data, shape.size, dtype)
             case "planes":
-                return coders.decode_delta(data, np.zeros(size, width)).reshape(-1)
+                base = np.zeros(shape.size, width) if base is None else base
+                return coders.decode_delta(data, base.reshape(size)).reshape(-1)
             case "zstd":
                 return np.frombuffer(bytearray(expand(data, shape.size * width.itemsize)), width)
     except ValueError as error:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tersor.codec.chunks import Window, read_leaves
+from tersor.codec.chunks import read_leaves
 from tersor.codec.container import read_text
 from tersor.codec.contents import rebuilt
+from tersor.codec.decoding import Window
 from tersor.codec.errors import about
 from tersor.codec.header import Formed, Header, Plain, leaves
 from tersor.codec.header_reader import parse
@@ -26,12 +27,20 @@ _BY_ROW = {
 """Parts of forms that have something for each output channel."""
 
 
-def read_tensor(path: Place, name: str, rows: slice | None = None, *, threads: int = 1) -> Tensor:
+def read_tensor(
+    path: Place,
+    name: str,
+    rows: slice | None = None,
+    *,
+    base: Place | None = None,
+    threads: int = 1,
+) -> Tensor:
     """A weight or buffer, decoded from the chunks that hold it; nothing else is read or checked.
 
     path: as in `load`; of a `Ranges` or an `Http`, the header and those chunks alone are fetched
     name: one of its names in the model, "encoder.0.weight"
     rows: of its first dimension, None for all; most forms then read fewer chunks
+    base, threads: as in `load`
     """
     with about(name_of(path)), opened(path) as source:
         header = parse(read_text(source))
@@ -40,7 +49,7 @@ def read_tensor(path: Place, name: str, rows: slice | None = None, *, threads: i
         cut = None if rows is None else _cut(tensor, span)
         part, windows = cut or (tensor, [None] * len(list(leaves(tensor))))
         wanted = {first + i: window for i, window in enumerate(windows)}
-        arrays = read_leaves(source, header, wanted, threads)
+        arrays = read_leaves(source, header, wanted, threads, base)
         plain_tensors = (
             as_tensor(array, header.dtype(plain), plain.shape)
             for array, plain in zip(arrays.values(), leaves(part), strict=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from tersor.codec.coders import Shape
-from tersor.codec.geometry import pieces
+from tersor.codec.geometry import as_coded, pieces
 from tersor.codec.header import Run
 from tersor.codec.pack import Array, as_one_row, encode_codes, encode_words, word_coders
-from tersor.codec.shelf import Planned
+from tersor.codec.shelf import Item, Planned
 
 PROFILES = {"fast": ("fast",), "small": ("small", "fast"), "max": ("max", "small")}
 """What each profile tries on codes. Of equals the first is taken."""
@@ -19,24 +20,34 @@ _QUICK = 2**14
 _EVERY = 8
 """Of many chunks this one decides, and the first."""
 
-Part = tuple[list[Array], list[Shape]]
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a chunk holds: elements of each tensor, their layouts, and words of the base."""
+
+    arrays: list[Array]
+    shapes: list[Shape]
+    base: Array | None = None
 
 
 def encoded(run: Planned, profile: str) -> tuple[Run, list[bytes]]:
     """The run and its chunks."""
     parts = _parts(run)
-    choices: Sequence[str] = PROFILES[profile]
+    dtype = run.items[0].dtype
     if run.sort == "words":
-        dtype = run.items[0].dtype
-        choices = word_coders(dtype, adaptive=profile != "fast" and run.size <= _QUICK)
-        coder, chunks = _smallest(
-            choices, parts, lambda part, choice: encode_words(part[0][0], part[1][0], choice, dtype)
-        )
+        quick = profile != "fast" and run.size <= _QUICK
+        choices = ["planes"] if run.changed else word_coders(dtype, adaptive=quick)
     else:
-        if run.size <= _QUICK:
-            choices = [*choices, *(c for c in ("small",) if c not in choices)]
-        coder, chunks = _smallest(choices, parts, lambda part, choice: encode_codes(*part, choice))
-    return Run(coder, tuple(map(len, chunks)), run.unit), chunks
+        choices = [*PROFILES[profile]]
+        choices += ["small"] if run.size <= _QUICK and "small" not in choices else []
+
+    def encode(part: Part, coder: str) -> bytes:
+        if run.sort == "words":
+            return encode_words(part.arrays[0], part.shapes[0], coder, dtype, part.base)
+        return encode_codes(part.arrays, part.shapes, coder)
+
+    coder, chunks = _smallest(choices, parts, encode)
+    return Run(coder, tuple(map(len, chunks)), run.unit, run.changed), chunks
 
 
 def _smallest(
@@ -53,18 +64,30 @@ def _smallest(
 
 def _parts(run: Planned) -> list[Part]:
     """What each chunk holds."""
-    arrays = [
-        item.array.astype(np.int32) - item.center if item.center else item.array
-        for item in run.items
-    ]
-    shapes = [item.leaf.matrix for item in run.items]
+    words = run.sort == "words"
+    arrays = [item.array if words else differences(item) for item in run.items]
+    bases = [item.base for item in run.items if words and item.base is not None]
+    shapes = [as_coded(item.leaf.matrix, changed=run.changed) for item in run.items]
     if run.unit is not None:
         return [
-            ([arrays[0][start : start + shape.size]], [shape])
+            Part(
+                [arrays[0][start : start + shape.size]],
+                [shape],
+                bases[0][start : start + shape.size] if bases else None,
+            )
             for start, shape in pieces(shapes[0], run.unit)
         ]
-    row = as_one_row(shapes, words=run.sort == "words")
-    return [(arrays if len(row) == len(arrays) else [_joined(arrays)], row)]
+    row = as_one_row(shapes, words=words)
+    arrays = arrays if len(row) == len(arrays) else [_joined(arrays)]
+    return [Part(arrays, row, _joined(bases) if bases else None)]
+
+
+def differences(item: Item) -> Array:
+    """The codes of a tensor as they are coded: from the base's, or from their center."""
+    if item.base is not None:
+        found: Array = item.array.astype(np.int64) - item.base
+        return found
+    return item.array.astype(np.int32) - item.center if item.center else item.array
 
 
 def _joined(arrays: Sequence[Array]) -> Array:

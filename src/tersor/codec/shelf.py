@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,13 +30,22 @@ CHUNK = {"matrix": 2**18, "vector": 2**18, "words": 2**19}
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A tensor to store: what is coded in its place, flat."""
+    """A tensor to store: what is coded in its place, flat, and what the base has there."""
 
     leaf: Leaf
     array: Array
     dtype: torch.dtype
     sort: str
     center: int
+    base: Array | None = None
+
+
+class Compared(Protocol):
+    """A base: says what to make of a tensor, given the kind it has if it is all one value."""
+
+    def compared(self, item: Item, kind: Kind | None) -> tuple[Item, Kind | None]:
+        """The item, with the base's elements where changes from them are smaller, and its kind."""
+        ...
 
 
 @dataclass(slots=True)
@@ -51,6 +61,11 @@ class Planned:
         """Elements in it."""
         return sum(item.array.size for item in self.items)
 
+    @property
+    def changed(self) -> bool:
+        """Whether changes from a base are stored."""
+        return self.items[0].base is not None
+
     def arrange(self) -> None:
         """Puts its tensors in the order in which they are coded."""
         order = arranged([item.leaf for item in self.items], range(len(self.items)))
@@ -60,7 +75,9 @@ class Planned:
 class Shelf:
     """All tensors of a file, each of a kind, and the runs that hold them."""
 
-    def __init__(self, leaves: Sequence[Leaf], tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, leaves: Sequence[Leaf], tensors: Sequence[Tensor], base: Compared | None = None
+    ) -> None:
         self.kinds: list[Kind] = []
         self.runs: list[Planned] = []
         self._numbers: dict[Kind, int] = {}
@@ -69,33 +86,32 @@ class Shelf:
             _item(leaf, arrays[n], tensors[n], arrays[n + leaf.zero] if leaf.zero else None)
             for n, leaf in enumerate(leaves)
         ]
-        self.kind_of = self._sorted(items)
-        for run in self.runs:
-            run.arrange()
-
-    def _sorted(self, items: Sequence[Item]) -> list[int]:
-        """The kind of each tensor."""
-        values = _constants(items)
-        shared = [i.array.size for i, v in zip(items, values, strict=True) if v is None]
-        # Which of them are matrices of codes is settled below; vectors beside them are few.
+        found = _constants(items)
+        if base is not None:
+            for n, item in enumerate(items):
+                items[n], found[n] = base.compared(item, found[n])
         together = (
-            sum(shared) <= TOGETHER
-            or sum(
+            sum(
                 item.array.size
-                for item, value in zip(items, values, strict=True)
-                if value is None and item.sort == "matrix"
+                for item, kind in zip(items, found, strict=True)
+                if item.sort == "matrix" and kind is None
             )
             <= TOGETHER
         )
         open_runs: dict[object, int] = {}
-        found = []
-        for item, value in zip(items, values, strict=True):
-            if value is None:
-                place = self._place(item, open_runs, together)
-                found.append(self._number(Kind(item.dtype, place, item.center)))
-            else:
-                found.append(self._number(Kind(item.dtype, value)))
-        return found
+        self.kind_of = [
+            self._number(
+                kind or Kind(item.dtype, self._place(item, open_runs, together), item.center)
+            )
+            for item, kind in zip(items, found, strict=True)
+        ]
+        for run in self.runs:
+            run.arrange()
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything is stored as changes from a base."""
+        return any(run.changed for run in self.runs) or any(k.run is None for k in self.kinds)
 
     def _place(self, item: Item, open_runs: dict[object, int], together: bool) -> int:
         """The run that takes `item`."""
@@ -104,7 +120,7 @@ class Shelf:
         if size > chunk:
             self.runs.append(Planned(item.sort, [item], _unit(matrix, chunk)))
             return len(self.runs) - 1
-        key = item.dtype if item.sort == "words" else item.sort
+        key = (item.dtype if item.sort == "words" else item.sort, item.base is None)
         at = open_runs.get(key, -1)
         if at < 0 or self.runs[at].size + size > chunk * 5 // 4:
             at = open_runs[key] = len(self.runs)
@@ -139,19 +155,19 @@ def _narrow(codes: Array) -> bool:
     return int(codes.min()) >= -MOST_CODE and int(codes.max()) <= MOST_CODE
 
 
-def _constants(items: Sequence[Item]) -> list[bytes | None]:
-    """The bytes of the only value of each tensor, where storing that alone pays."""
-    found = [_only_value(item.array, item.dtype) for item in items]
-    seen = Counter((item.dtype, value) for item, value in zip(items, found, strict=True))
+def _constants(items: Sequence[Item]) -> list[Kind | None]:
+    """The kind of each tensor of one value, where storing that alone pays."""
+    values = [_only_value(item.array, item.dtype) for item in items]
+    seen = Counter((item.dtype, value) for item, value in zip(items, values, strict=True))
     lone = [
         item.array.size == 1 and seen[item.dtype, value] == 1
-        for item, value in zip(items, found, strict=True)
+        for item, value in zip(items, values, strict=True)
     ]
     # Single values that all differ are cheaper side by side in a chunk.
     many = Counter(item.dtype for item, alone in zip(items, lone, strict=True) if alone)
     return [
-        None if alone and many[item.dtype] > 2 else value
-        for item, value, alone in zip(items, found, lone, strict=True)
+        None if value is None or (alone and many[item.dtype] > 2) else Kind(item.dtype, value)
+        for item, value, alone in zip(items, values, lone, strict=True)
     ]
 
 

@@ -130,7 +130,9 @@ def _candidates(size: float, z: int, states: int, zero: bool) -> list[int]:
 
 def _rate(bits: Floats, code: int) -> float:
     last = len(bits) - 1
-    return float(bits[min(code, last)]) + (2 * float(np.log2(code - last + 1)) if code > last else 0)
+    return float(bits[min(code, last)]) + (
+        2 * float(np.log2(code - last + 1)) if code > last else 0
+    )
 
 
 def _square(matrix: Floats | None) -> Floats:
