@@ -4,6 +4,7 @@ from tersor.codec.file import load, read_header, save, verify
 from tersor.codec.header import Header
 from tersor.codec.partial import read_tensor
 from tersor.codec.remote import Http
+from tersor.codec.runs import check_profile
 from tersor.codec.sizes import coded_bytes
 from tersor.codec.source import Ranges
 
@@ -11,6 +12,7 @@ __all__ = [
     "Header",
     "Http",
     "Ranges",
+    "check_profile",
     "coded_bytes",
     "load",
     "read_header",

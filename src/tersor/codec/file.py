@@ -19,7 +19,7 @@ from tersor.codec.header_reader import parse
 from tersor.codec.into import check_complete, place
 from tersor.codec.leaves import all_leaves
 from tersor.codec.pack import as_tensor
-from tersor.codec.runs import PROFILES, encoded
+from tersor.codec.runs import PROFILES, check_profile, encoded
 from tersor.codec.shelf import Shelf
 from tersor.codec.source import Pipe, Place, name_of, opened
 from tersor.errors import FileError, ModelError, OptionError
@@ -62,8 +62,7 @@ def save(
     are not finite, OutputError where the file cannot be written.
     """
     path = Path(path)
-    if profile not in PROFILES:
-        raise OptionError(f"profile={profile!r:.40} is not one of {list(PROFILES)}")
+    check_profile(profile)
     notes: dict[str, Any] = {
         "recipe": _steps(recipe_of(model) if recipe is None else recipe),
         "metrics": _noted("metrics", metrics),
@@ -86,7 +85,7 @@ def save(
         path,
         as_json(entries, plain, shelf.kinds, notes),
         b"" if program is None else program.to_json(),
-        (encoded(run, profile) for run in shelf.runs),
+        (encoded(run, PROFILES[profile]) for run in shelf.runs),
         _check_readable,
         features=int(shelf.changed),
     )

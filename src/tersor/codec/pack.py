@@ -39,7 +39,7 @@ CODERS = ("fast", "small", "max")
 MOST_CODE = 2**31 - 1
 
 # zstd finds hardly any repeats among floats; a high level pays where there are few of them.
-_LEVEL, _FAST_LEVEL, _SMALL = 19, 3, 2**20
+_LEVEL, _FAST_LEVEL, _SMALL = 19, 3, 2**16
 
 
 def checked_dtype(tensor: Tensor) -> torch.dtype:

@@ -12,9 +12,12 @@ from tersor.codec.geometry import as_coded, pieces
 from tersor.codec.header import Run
 from tersor.codec.pack import Array, as_one_row, encode_codes, encode_words, word_coders
 from tersor.codec.shelf import Item, Planned
+from tersor.errors import OptionError
 
 PROFILES = {"fast": ("fast",), "small": ("small", "fast"), "max": ("max", "small")}
 """What each profile tries on codes. Of equals the first is taken."""
+QUICKLY = ("small",)
+"""What is tried where only the size is wanted."""
 _QUICK = 2**14
 """Elements that any coder decodes in no time, so that the smallest may be chosen."""
 _EVERY = 8
@@ -30,16 +33,22 @@ class Part:
     base: Array | None = None
 
 
-def encoded(run: Planned, profile: str) -> tuple[Run, list[bytes]]:
-    """The run and its chunks."""
+def check_profile(profile: str) -> None:
+    """Raises OptionError unless there is such a profile."""
+    if profile not in PROFILES:
+        raise OptionError(f"profile={profile!r:.40} is none of {', '.join(PROFILES)}")
+
+
+def encoded(run: Planned, tried: Sequence[str]) -> tuple[Run, list[bytes]]:
+    """The run and its chunks. tried: coders for codes, those of a profile"""
     parts = _parts(run)
     dtype = run.items[0].dtype
     if run.sort == "words":
-        quick = profile != "fast" and run.size <= _QUICK
+        quick = "small" in tried and run.size <= _QUICK
         choices = ["planes"] if run.changed else word_coders(dtype, adaptive=quick)
     else:
-        choices = [*PROFILES[profile]]
-        choices += ["small"] if run.size <= _QUICK and "small" not in choices else []
+        choices = [*tried]
+        choices += ["small"] if run.size <= _QUICK and "small" not in tried else []
 
     def encode(part: Part, coder: str) -> bytes:
         if run.sort == "words":
