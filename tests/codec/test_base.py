@@ -116,7 +116,7 @@ def test_a_missing_base_is_asked_for(files):
 
 
 def test_another_base_is_refused(files):
-    later, base, path = files
+    _, base, path = files
     net = network()
     net[0].weight_form.codes[0, 0] += 1
     save(net, base)
@@ -125,7 +125,7 @@ def test_another_base_is_refused(files):
 
 
 def test_a_base_must_hold_all_its_weights(tmp_path, files):
-    later, base, path = files
+    later, _, path = files
     says = r"next\.tersor: it is stored as changes from another file itself"
     with pytest.raises(FileError, match=says):
         save(later, tmp_path / "third.tersor", base=path)
@@ -149,5 +149,5 @@ def test_changes_of_what_the_base_does_not_have_are_refused(tmp_path, files):
     tensors = pieces.header["modules"][0][2]
     tensors["basis"] = tensors.pop("bias")
     forged = pieces.write(tmp_path / "forged.tersor")
-    with pytest.raises(FileError, match='"0.basis" is a change from what its base does not have'):
+    with pytest.raises(FileError, match=r'"0\.basis" is a change from what its base does not have'):
         load(forged, base=base)

@@ -32,8 +32,12 @@ INTEGERS = {
     torch.int16: np.int16,
     torch.int32: np.int32,
     torch.int64: np.int64,
+    torch.float8_e4m3fn: np.int8,
+    torch.float8_e5m2: np.int8,
 }
+"""Types whose elements are codes. Floats of one byte are numbers in the order of their values."""
 FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_BYTE_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 MANTISSAS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 CODERS = ("fast", "small", "max")
 MOST_CODE = 2**31 - 1
@@ -53,10 +57,11 @@ def checked_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def elements(tensor: Tensor) -> Array:
-    """Flat: integers as they are, other elements as unsigned integers (or pairs) of their width."""
+    """Flat: codes as integers, other elements as unsigned integers of their width."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
-    return raw.view(numpy_type(tensor.dtype))
+    found = raw.view(numpy_type(tensor.dtype))
+    return _in_order(found) if tensor.dtype in _BYTE_FLOATS else found
 
 
 def numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
@@ -67,8 +72,14 @@ def numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
     return np.dtype(f"<u{dtype.itemsize}") if dtype.itemsize <= 8 else np.dtype("V16")
 
 
+def _in_order(bits: Array) -> Array:
+    """Sign and magnitude as a number: the larger a negative magnitude, the smaller. Undoes itself."""
+    return np.where(bits < 0, bits ^ np.int8(127), bits)
+
+
 def as_tensor(array: Array, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """The inverse of `elements`, without a copy."""
+    """The inverse of `elements`, mostly without a copy."""
+    array = _in_order(array) if dtype in _BYTE_FLOATS else array
     raw = (
         torch.from_numpy(array.view(np.uint8)) if array.size else torch.empty(0, dtype=torch.uint8)
     )
