@@ -19,6 +19,7 @@ from torch import Tensor
 from tersor.codec import coders
 from tersor.codec.coders import Shape
 from tersor.codec.errors import Unreadable
+from tersor.codec.exponents import decode_exponents, encode_exponents
 from tersor.errors import ModelError
 from tersor.program.program import DTYPE_NAMES, DTYPES
 
@@ -73,7 +74,7 @@ def numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
 
 
 def _in_order(bits: Array) -> Array:
-    """Sign and magnitude as a number: the larger a negative magnitude, the smaller. Undoes itself."""
+    """Sign and magnitude as a number, which is 0 and up or -1 and down. Undoes itself."""
     return np.where(bits < 0, bits ^ np.int8(127), bits)
 
 
@@ -114,7 +115,7 @@ def encode_words(
             matrix = words.reshape(shape.rows, shape.columns)
             return coders.encode_floats(matrix, kind=FLOATS[dtype])
         case "exponents":
-            return _encode_exponents(words, dtype)
+            return encode_exponents(words, MANTISSAS[dtype])
         case "planes":
             matrix = words.reshape(shape.rows, shape.columns)
             base = np.zeros(words.size, words.dtype) if base is None else base
@@ -135,7 +136,7 @@ def decode_words(
             case "floats":
                 return coders.decode_floats(data, size, kind=FLOATS[dtype]).reshape(-1)
             case "exponents":
-                return _decode_exponents(data, shape.size, dtype)
+                return decode_exponents(data, shape.size, width, MANTISSAS[dtype])
             case "planes":
                 base = np.zeros(shape.size, width) if base is None else base
                 return coders.decode_delta(data, base.reshape(size)).reshape(-1)
@@ -148,41 +149,6 @@ def decode_words(
             f"holds {len(data)} bytes where its tensors need {shape.size * width.itemsize}"
         )
     return np.frombuffer(data, width).copy()
-
-
-def _encode_exponents(words: Array, dtype: torch.dtype) -> bytes:
-    """One byte: the most common exponent. Then mantissas, bit by bit, and a stream of `small`."""
-    bits = MANTISSAS[dtype]
-    exponents = (words >> bits & (2 ** (words.itemsize * 8 - 1 - bits) - 1)).astype(np.int32)
-    center = int(np.bincount(exponents).argmax())
-    signs = (words >> (words.itemsize * 8 - 1)).astype(np.int32)
-    rows = [exponents.reshape(1, -1) - center, signs.reshape(1, -1)]
-    mantissas = np.unpackbits(words.astype(">u4").view(np.uint8)).reshape(-1, 32)[:, 32 - bits :]
-    stream = coders.encode_group(rows, profile="small", kernels=[1, 1])
-    return bytes([center]) + np.packbits(mantissas).tobytes() + stream
-
-
-def _decode_exponents(data: Data, count: int, dtype: torch.dtype) -> Array:
-    bits, width = MANTISSAS[dtype], dtype.itemsize * 8
-    size = -(-count * bits // 8)
-    if len(data) < 1 + size:
-        raise Unreadable("ends too early")
-    flags = np.unpackbits(np.frombuffer(data, np.uint8, size, 1))
-    if flags[count * bits :].any():
-        raise Unreadable("ends in bits that are no mantissa")
-    exponents, signs = (
-        row.reshape(-1)
-        for row in coders.decode_group(data[1 + size :], [Shape(1, count)] * 2, profile="small")
-    )
-    exponents += data[0]
-    most = 2 ** (width - 1 - bits)
-    if ((exponents < 0) | (exponents >= most) | (signs & ~1 != 0)).any():
-        raise Unreadable("holds an impossible exponent or sign")
-    wide = np.zeros((count, 32), np.uint8)
-    wide[:, 32 - bits :] = flags[: count * bits].reshape(count, bits)
-    found = np.packbits(wide, axis=1).view(">u4").reshape(-1).astype(np.uint32)
-    found |= exponents.astype(np.uint32) << bits | signs.astype(np.uint32) << (width - 1)
-    return found.astype(numpy_type(dtype))
 
 
 def word_coders(dtype: torch.dtype, *, adaptive: bool = True) -> list[str]:
