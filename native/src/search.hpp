@@ -23,6 +23,8 @@ struct Search {
   const float* levels;     // (rows, columns), weights in units of their step
   const float* feedback;   // (columns, columns), how errors of earlier columns move a later one
   const float* weights;    // (columns), of a squared error
+  const float* row_feedback;  // (rows, rows), the same for rows; or null
+  const float* row_weights;   // (rows)
   const uint8_t* classes;  // (rows, columns), rows of `bits` / 2
   const float* bits;       // (classes * 2, magnitudes): of a code by class, z and magnitude
   size_t magnitudes;
@@ -54,10 +56,11 @@ class RowSearch {
     steps_.resize(task.columns * states);
   }
 
-  double find(size_t row, int32_t* codes) {
+  // levels: of this row, what earlier rows did to it included
+  double find(size_t row, const float* levels, int32_t* codes) {
     std::fill(cost_, cost_ + task_.states, kNever);
     cost_[0] = 0;
-    for (size_t column = 0; column < task_.columns; ++column) advance(row, column);
+    for (size_t column = 0; column < task_.columns; ++column) advance(row, column, levels[column]);
     int state = static_cast<int>(std::min_element(cost_, cost_ + task_.states) - cost_);
     double least = cost_[state];
     for (size_t column = task_.columns; column-- > 0;) {
@@ -78,28 +81,29 @@ class RowSearch {
 
   // The four codes beside a level, and zero: two of each parity for the distortion, smaller ones
   // for the rate.
-  void advance(size_t row, size_t column) {
+  void advance(size_t row, size_t column, float own) {
     const Search& t = task_;
+    float weight = t.weights[column] * t.row_weights[row];
     size_t place = row * t.columns + column;
     std::fill(next_, next_ + t.states, kNever);
     for (int state = 0; state < t.states; ++state) {
       if (cost_[state] == kNever) continue;
-      float level = t.levels[place];
+      float level = own;
       if (t.feedback) {
         level -= dot(&errors_[now_][state * width_], t.feedback + column * t.columns, column);
       }
       int z = t.states > 1 ? state & 1 : 0;
       const float* bits = t.bits + (size_t{t.classes[place]} * 2 + z) * t.magnitudes;
       if (t.zeros && t.zeros[place]) {
-        offer(state, z, level, 0, t.weights[column], bits);
+        offer(state, z, level, 0, weight, bits);
         continue;
       }
       float size = std::min(std::fabs(level), 1e9f);
       int below = static_cast<int>(t.states > 1 ? (size + z) / 2 : size);
       for (int code = std::max(0, below - 2); code <= below + 1; ++code) {
-        offer(state, z, level, code, t.weights[column], bits);
+        offer(state, z, level, code, weight, bits);
       }
-      if (below > 2) offer(state, z, level, 0, t.weights[column], bits);
+      if (below > 2) offer(state, z, level, 0, weight, bits);
     }
     keep(column);
   }
@@ -147,12 +151,47 @@ class RowSearch {
   int now_ = 0;
 };
 
-// Fills codes (rows, columns) and costs (rows); rows are independent, so threads change nothing.
+// Points of a row of codes.
+inline void walk(const Search& task, const int32_t* codes, int32_t* points) {
+  int state = 0;
+  for (size_t i = 0; i < task.columns; ++i) {
+    int code = codes[i], z = task.states > 1 ? state & 1 : 0;
+    points[i] = task.states > 1 ? 2 * code - (code > 0 ? z : code < 0 ? -z : 0) : code;
+    state = (state >> 1) ^ (state & 1 ? task.feedback_tap : 0) ^ (code & 1 ? task.driven_tap : 0);
+    if (task.states == 1) state = 0;
+  }
+}
+
+// Each row as the errors of the rows before it leave it; one after another, on one thread.
+inline void search_in_order(const Search& task, int32_t* codes, double* costs) {
+  RowSearch search(task);
+  std::vector<float> errors(task.rows * task.columns), levels(task.columns);
+  std::vector<int32_t> points(task.columns);
+  for (size_t row = 0; row < task.rows; ++row) {
+    const float* own = task.levels + row * task.columns;
+    std::copy(own, own + task.columns, levels.begin());
+    for (size_t before = 0; before < row; ++before) {
+      float share = task.row_feedback[row * task.rows + before];
+      if (share == 0) continue;
+      const float* error = &errors[before * task.columns];
+      for (size_t i = 0; i < task.columns; ++i) levels[i] -= share * error[i];
+    }
+    int32_t* found = codes + row * task.columns;
+    costs[row] = search.find(row, levels.data(), found);
+    walk(task, found, points.data());
+    float* error = &errors[row * task.columns];
+    for (size_t i = 0; i < task.columns; ++i) error[i] = levels[i] - static_cast<float>(points[i]);
+  }
+}
+
+// Fills codes (rows, columns) and costs (rows); threads change nothing in them.
 inline void search_rows(const Search& task, int32_t* codes, double* costs, size_t threads) {
+  if (task.row_feedback) return search_in_order(task, codes, costs);
   auto work = [&](size_t first, size_t last) {
     RowSearch search(task);
     for (size_t row = first; row < last; ++row) {
-      costs[row] = search.find(row, codes + row * task.columns);
+      size_t at = row * task.columns;
+      costs[row] = search.find(row, task.levels + at, codes + at);
     }
   };
   threads = std::min(std::max<size_t>(1, threads), std::max<size_t>(1, task.rows));

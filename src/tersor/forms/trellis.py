@@ -5,8 +5,8 @@ more than one state, two interleaved grids take turns along each row, and which 
 follows from the numbers before. A search for the best path through them gets most of what vector
 quantization could give: up to 1.3 dB of the 1.53 dB that separate a uniform grid from the bound.
 
-Source: Marcellin, Fischer 1990, "Trellis coded quantization of memoryless and Gauss-Markov sources",
-IEEE Trans. Communications 38(1); Kasner, Marcellin, Hunt 1999, "Universal trellis coded
+Source: Marcellin, Fischer 1990, "Trellis coded quantization of memoryless and Gauss-Markov
+sources", IEEE Trans. Communications 38(1); Kasner, Marcellin, Hunt 1999, "Universal trellis coded
 quantization", IEEE Trans. Image Processing 8(12), for a grid that has 0 in both of its halves;
 trellises from Ungerboeck 1982, IEEE Trans. Information Theory 28(1), table I.
 Differs: the parity of a number chooses the branch, so the sign never does.
@@ -101,10 +101,7 @@ class Trellis(Form):
 
     def points(self) -> Tensor:
         """(outputs, inputs) int32: the weight in units of its step."""
-        codes = self.codes.to(torch.int32)
-        if self.states == 1:
-            return codes
-        return 2 * codes - quantizers(codes, self.states) * codes.sign()
+        return points_of(self.codes.to(torch.int32), self.states)
 
     def dense(self) -> Tensor:
         """The weight."""
@@ -155,6 +152,13 @@ def following(state: int, odd: int, states: int) -> int:
     """The state after a code, of which `odd` is the lowest bit."""
     feedback, driven = TAPS[states]
     return (state >> 1) ^ (feedback if state & 1 else 0) ^ (driven if odd else 0)
+
+
+def points_of(codes: Tensor, states: int) -> Tensor:
+    """The points that rows of codes lead to, of the codes' type."""
+    if states == 1:
+        return codes
+    return 2 * codes - quantizers(codes, states) * codes.sign()
 
 
 def quantizers(codes: Tensor, states: int) -> Tensor:

@@ -3,9 +3,10 @@
 Every state keeps the path that reached it together with the errors of that path, so each path is
 judged by what its errors do to the columns after them (per-survivor processing).
 
-Source: Fischer, Wang 1992, "Entropy-constrained trellis-coded quantization", IEEE Trans. Information
-Theory 38(2), for the cost; Raheli, Polydoros, Tzou 1995, "Per-survivor processing", IEEE Trans.
-Communications 43(2/3/4); the errors are those of Frantar et al. 2022 (GPTQ), arXiv:2210.17323, eq. 2.
+Source: Fischer, Wang 1992, "Entropy-constrained trellis-coded quantization", IEEE Trans.
+Information Theory 38(2), for the cost; Raheli, Polydoros, Tzou 1995, "Per-survivor processing",
+IEEE Trans. Communications 43(2/3/4); errors are fed along columns as by Frantar et al. 2022 (GPTQ),
+arXiv:2210.17323, eq. 2, and across rows as by Tseng et al. 2025 (YAQA), arXiv:2505.22988.
 Differs: all three at once. With one state and no rate it is GPTQ without its ordering of columns.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from tersor.codec.coders.native import native
-from tersor.forms.trellis import TAPS, following
+from tersor.forms.trellis import TAPS, following, points_of
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Codes = np.ndarray[Any, np.dtype[np.int32]]
@@ -32,6 +33,7 @@ class Terms:
     weights: (columns,) of a squared error, in units of the step squared
     feedback: (columns, columns), row j says how far an error of 1 in column i < j moves column j;
         None where errors stay where they are
+    row_weights, row_feedback: the same for rows, (rows,) and (rows, rows)
     bits: (2 * classes, magnitudes) float32, of a code of class c, quantizer z and magnitude m in
         [2 * c + z, m]; beyond the last it grows by 2 log2
     rate: what one bit costs, in units of a weighted squared error
@@ -39,6 +41,8 @@ class Terms:
 
     weights: Floats
     feedback: Floats | None
+    row_weights: Floats
+    row_feedback: Floats | None
     bits: Floats
     rate: float
 
@@ -61,6 +65,8 @@ def search(
         np.ascontiguousarray(levels, np.float32),
         _square(terms.feedback),
         np.ascontiguousarray(terms.weights, np.float32),
+        _square(terms.row_feedback),
+        np.ascontiguousarray(terms.row_weights, np.float32),
         np.ascontiguousarray(classes, np.uint8),
         np.ascontiguousarray(terms.bits, np.float32),
         np.empty((0, 0), np.uint8) if zeros is None else np.ascontiguousarray(zeros, np.uint8),
@@ -79,9 +85,16 @@ def search_slowly(
     """The same, row by row and state by state."""
     codes = np.empty(levels.shape, np.int32)
     costs = np.empty(len(levels), np.float64)
-    for row in range(len(levels)):
+    errors = np.zeros(levels.shape)
+    for row, own in enumerate(levels.astype(np.float64)):
+        moved = own
+        if terms.row_feedback is not None:
+            moved = own - terms.row_feedback[row, :row] @ errors[:row]
         only = np.zeros(levels.shape[1], np.uint8) if zeros is None else zeros[row]
-        codes[row], costs[row] = _best_path(levels[row], classes[row], only, terms, states)
+        weights = terms.weights * terms.row_weights[row]
+        best = _best_path(moved, classes[row], only, weights, terms, states)
+        codes[row], costs[row] = best
+        errors[row] = moved - points_of(torch.from_numpy(codes[row : row + 1]), states).numpy()[0]
     return codes, costs
 
 
@@ -93,7 +106,7 @@ class _Path:
 
 
 def _best_path(
-    levels: Floats, classes: Classes, zeros: Classes, terms: Terms, states: int
+    levels: Any, classes: Classes, zeros: Classes, weights: Floats, terms: Terms, states: int
 ) -> tuple[list[int], float]:
     paths = {0: _Path(0.0, [], [])}
     for column, level in enumerate(levels):
@@ -107,7 +120,7 @@ def _best_path(
             for code in _candidates(abs(moved), z, states, bool(zeros[column])):
                 point = 2 * code - (z if code else 0) if states > 1 else code
                 error = abs(moved) - point
-                cost = path.cost + float(terms.weights[column]) * error**2
+                cost = path.cost + float(weights[column]) * error**2
                 cost += terms.rate * _rate(bits, code)
                 to = following(state, code & 1, states) if states > 1 else 0
                 if to not in following_paths or cost < following_paths[to].cost:

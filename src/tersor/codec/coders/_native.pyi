@@ -17,6 +17,8 @@ def search(
     levels: _Array,
     feedback: _Array,
     weights: _Array,
+    row_feedback: _Array,
+    row_weights: _Array,
     classes: _Array,
     bits: _Array,
     zeros: _Array,
