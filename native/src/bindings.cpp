@@ -5,6 +5,7 @@
 
 #include "floats.hpp"
 #include "huffman.hpp"
+#include "search.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -123,6 +124,40 @@ void decode_huffman(const Flat<uint8_t>& data, const Output<Value>& codes) {
   huffman_decode<Value>({data.data(), data.size()}, codes.data(), codes.size());
 }
 
+template <class T>
+using Table = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// `feedback`, `row_feedback` and `zeros` may have no elements, for none.
+void search(const Table<float>& levels, const Table<float>& feedback, const Flat<float>& weights,
+            const Table<float>& row_feedback, const Flat<float>& row_weights,
+            const Table<uint8_t>& classes, const Table<float>& bits, const Table<uint8_t>& zeros,
+            const std::vector<int>& trellis, float rate, const Output<int32_t>& codes,
+            const Output<double>& costs, size_t threads) {
+  size_t rows = levels.shape(0), columns = levels.shape(1), size = rows * columns;
+  auto none_or = [](size_t found, size_t wanted) { return found == 0 || found == wanted; };
+  if (!none_or(feedback.size(), columns * columns) || weights.size() != columns ||
+      !none_or(row_feedback.size(), rows * rows) || row_weights.size() != rows ||
+      classes.size() != size || !none_or(zeros.size(), size) || codes.size() != size ||
+      costs.size() != rows || bits.size() == 0) {
+    throw std::invalid_argument("sizes differ");
+  }
+  if (trellis.size() != 3 || trellis[0] < 1 || trellis[0] > kMostStates ||
+      ((trellis[1] | trellis[2] | 0) >= std::max(2, trellis[0]))) {
+    throw std::invalid_argument("no such trellis");
+  }
+  for (size_t i = 0; i < size; ++i) {
+    if (size_t{classes.data()[i]} * 2 + 1 >= bits.shape(0)) {
+      throw std::invalid_argument("a class has no bits");
+    }
+  }
+  Search task{rows, columns, levels.data(), feedback.size() ? feedback.data() : nullptr,
+              weights.data(), row_feedback.size() ? row_feedback.data() : nullptr,
+              row_weights.data(), classes.data(), bits.data(), bits.shape(1),
+              zeros.size() ? zeros.data() : nullptr, trellis[0], trellis[1], trellis[2], rate};
+  nb::gil_scoped_release free;
+  search_rows(task, codes.data(), costs.data(), threads);
+}
+
 template <class Element>
 void join(const Flat<int8_t>& exponents, const Flat<uint8_t>& rest, const Output<Element>& out,
           int center) {
@@ -153,6 +188,10 @@ NB_MODULE(_native, module) {
   module.def("huffman_decode", decode_huffman<int8_t>, "data"_a, "codes"_a.noconvert());
   module.def("huffman_decode", decode_huffman<int16_t>, "data"_a, "codes"_a.noconvert());
   module.def("huffman_decode", decode_huffman<int32_t>, "data"_a, "codes"_a.noconvert());
+  module.def("search", search, "levels"_a, "feedback"_a, "weights"_a, "row_feedback"_a,
+             "row_weights"_a, "classes"_a, "bits"_a,
+             "zeros"_a, "trellis"_a, "rate"_a, "codes"_a.noconvert(), "costs"_a.noconvert(),
+             "threads"_a);
   module.def("join_floats", join<uint16_t>, "exponents"_a, "rest"_a, "out"_a.noconvert(),
              "center"_a);
   module.def("join_floats", join<uint32_t>, "exponents"_a, "rest"_a, "out"_a.noconvert(),

@@ -7,9 +7,20 @@ from tersor.forms.dense import Dense
 from tersor.forms.fake_affine import FakeAffine
 from tersor.forms.form import Form
 from tersor.forms.nofm import NofM
+from tersor.forms.trellis import Trellis
 
 KINDS: dict[str, type[Form]] = {
-    form.kind: form for form in (Dense, Affine, Codebook, Bitmask, NofM)
+    form.kind: form for form in (Dense, Affine, Codebook, Bitmask, NofM, Trellis)
 }
 
-__all__ = ["KINDS", "Affine", "Bitmask", "Codebook", "Dense", "FakeAffine", "Form", "NofM"]
+__all__ = [
+    "KINDS",
+    "Affine",
+    "Bitmask",
+    "Codebook",
+    "Dense",
+    "FakeAffine",
+    "Form",
+    "NofM",
+    "Trellis",
+]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from tersor.methods.prune.magnitude import magnitude
+from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.rtn import rtn
 from tersor.methods.recover.batchnorm import batchnorm
 from tersor.methods.share.kmeans import kmeans
@@ -12,6 +13,7 @@ from tersor.methods.share.kmeans import kmeans
 TABLE: dict[str, Callable[..., nn.Module]] = {
     "prune.magnitude": magnitude,
     "quantize.rtn": rtn,
+    "quantize.entropy": entropy,
     "share.kmeans": kmeans,
     "recover.batchnorm": batchnorm,
 }

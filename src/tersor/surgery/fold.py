@@ -77,6 +77,33 @@ def fold(model: nn.Module, inputs: Inputs) -> Folded:
     return Folded(tuple(pairs), skipped)
 
 
+def absorb_statistics(model: nn.Module) -> int:
+    """Moves the running statistics of every batch norm into its own scale and shift, in place.
+
+    What it computes in evaluation mode stays the same, but mean and variance are 0 and 1 - eps
+    afterwards, which take no bytes in a file. Training it on batch statistics would need the old
+    ones back. Norms without statistics, without scale and shift, with shared or with held ones are
+    left alone. Returns how many were changed.
+    """
+    places = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
+    changed = 0
+    for norm in model.modules():
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+            continue
+        scale, shift = norm._parameters.get("weight"), norm._parameters.get("bias")
+        if scale is None or shift is None or places[id(scale)] > 1 or places[id(shift)] > 1:
+            continue
+        mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        factor = scale.detach().double() * (variance.double() + norm.eps).rsqrt()
+        with torch.no_grad():
+            shift.copy_(shift.double() - mean.double() * factor)
+            scale.copy_(factor)
+            mean.zero_()
+            variance.fill_(1 - norm.eps)
+        changed += 1
+    return changed
+
+
 def _traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else None

@@ -96,6 +96,31 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
     return [site for site, _ in sites if site.name in kept - dropped]
 
 
+def vectors(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> list[Site]:
+    """Every plain one-dimensional parameter, by identity: biases, scales and shifts of norms.
+
+    include, exclude: as for `walk`, but a pattern that matches no vector is no error
+    """
+    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for path, layer in _layers(model):
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and parameter.dim() == 1 and parameter.is_floating_point():
+                places.setdefault(id(parameter), []).append((path, layer, name))
+    found = []
+    for uses in places.values():
+        path, layer, name = uses[0]
+        names = {n for p, m, a in uses for n in (_join(p, a), p, kind_of(m))}
+        if (include is None or _matches(names, include)) and not _matches(names, exclude):
+            used = tuple({(id(m), a): (m, a) for _, m, a in uses}.values())
+            found.append(Site(_join(path, name), kind_of(layer), 0, used))
+    return found
+
+
+def _matches(names: set[str], patterns: Patterns) -> bool:
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    return any(fnmatchcase(name, pattern) for pattern in wanted for name in names)
+
+
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy whose weights are plain or held: parametrizations and weight norms are computed out.
 

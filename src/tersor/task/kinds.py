@@ -191,14 +191,41 @@ def turned(reference: Tensor, outputs: Tensor) -> Tensor:
     return (apart.mean(1) if apart.dim() == 2 else apart).clamp(min=0)
 
 
+def drawn_loss(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy of labels drawn from the model's own probabilities, summed over rows."""
+    chances = outputs.detach().float().softmax(1).cpu()
+    drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(outputs.device)
+    return functional.cross_entropy(outputs.float(), drawn, reduction="sum")
+
+
+def drawn_turn(outputs: Tensor, draw: Tensor) -> Tensor:
+    """For `turned`: its curvature is that of the unit sphere, halved for each of two sentences."""
+    still = outputs.detach().float()
+    length = still.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    across = draw - (draw * still).sum(-1, keepdim=True) / length.square() * still
+    share = 0.5 if outputs.dim() == 3 else 1.0
+    found: Tensor = (outputs.float() * across / length).sum() * share**0.5
+    return found
+
+
+def drawn_error(outputs: Tensor, draw: Tensor) -> Tensor:
+    """For `relative_error`: twice the inverse variance of each output, over their number."""
+    flat, noise = outputs.float().flatten(1), draw.flatten(1)
+    scale = _spread_of(flat.detach().double())
+    return (flat * noise * (2 / (scale * flat.shape[1])).sqrt().float()).sum()
+
+
 def relative_error(reference: Tensor, outputs: Tensor) -> Tensor:
     """Squared error over the reference's variance in the batch, the mean over the outputs.
 
     Where all rows of the reference agree, its mean square stands in for the variance.
     """
     reference, outputs = reference.double().flatten(1), outputs.double().flatten(1)
+    return ((outputs - reference).square() / _spread_of(reference)).mean(1).float()
+
+
+def _spread_of(reference: Tensor) -> Tensor:
     variance = reference.var(0, correction=0)
     square = reference.square().mean(0)
     scale = torch.where(variance > 1e-12 * square, variance, square)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return ((outputs - reference).square() / scale).mean(1).float()
+    return torch.where(scale > 0, scale, 1.0)

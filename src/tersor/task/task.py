@@ -146,6 +146,20 @@ class Task:
             apart = kinds.kl(reference, outputs)
         return apart.nan_to_num(torch.inf, torch.inf)
 
+    def score(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """One number, drawn anew each time, whose gradient tells how `divergence` curves.
+
+        Over many draws, the mean of gradient times gradient (of each row, in the outputs) is the
+        second derivative of that row's divergence from `outputs`. For classes that is
+        the Fisher information: the loss of a label that the model itself drew.
+        """
+        if self.kind in ("classification", "language"):
+            return kinds.drawn_loss(outputs, generator)
+        draw = torch.randn(outputs.shape, generator=generator).to(outputs.device)
+        if self.kind == "embedding":
+            return kinds.drawn_turn(outputs, draw)
+        return kinds.drawn_error(outputs, draw)
+
     def labels(self, outputs: Tensor) -> Tensor | None:
         """(rows,) the class of each row, -1 where it is not a number; None without classes."""
         return decisions(outputs) if self.kind in ("classification", "language") else None

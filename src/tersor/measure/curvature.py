@@ -1,0 +1,221 @@
+"""Curvature of the task's divergence in each weight, as the network's own inputs and gradients say.
+
+For a small change E of a weight (outputs, inputs), the divergence of the network's answers grows by
+about 1/2 * trace(O E I E^T), where I are the second moments of what the weight is multiplied with
+and O those of the gradients that come back to what it gives.
+
+Source: Martens, Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
+curvature", arXiv:1503.05671, section 3; Grosse, Martens 2016 (convolutions), arXiv:1602.01407,
+theorem 1 with places taken for independent; Tseng, Sun, Hou, De Sa 2025, "Model-preserving adaptive
+rounding", arXiv:2505.22988, for its use in rounding.
+Differs: the gradients are those of the task's own divergence, drawn by `Task.score`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tersor.forms.form import rows
+from tersor.measure.running import Watching, evaluating, unfused
+from tersor.surgery.walk import Site
+from tersor.task import Inputs, Task
+
+_aten = torch.ops.aten
+# Elements of unfolded inputs that are held at once.
+_MOST = 2**24
+
+
+@dataclass
+class Curvature:
+    """What is known of a weight laid out as (outputs, inputs), or of a vector.
+
+    own: mean over the elements of the divergence's second derivative in each
+    inputs: (groups, inputs, inputs) float64, second moments of what it is multiplied with; of an
+        embedding those of the gradients of what is looked up; None where nothing was seen, as for
+        vectors and for transposed or three-dimensional convolutions
+    outputs: (groups, outputs / groups, outputs / groups) float64, second moments of the gradients
+        of what it gives; None where nothing was seen, as for embeddings and the first layer
+    """
+
+    own: float
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+def curvature(
+    model: nn.Module,
+    task: Task,
+    batches: Sequence[Inputs],
+    sites: Sequence[Site],
+    *,
+    draws: int = 1,
+) -> dict[str, Curvature]:
+    """The curvature of each site by name; vectors may be among them.
+
+    Weights are recognised by their memory, so they must be plain; tied ones add up. Gradients are
+    drawn with a fixed seed.
+
+    draws: gradients for each prediction
+    """
+    watch = _Watch([site for site in sites if site.weight.dim() > 1])
+    parameters = [getattr(*site.uses[0]) for site in sites]
+    squares = [0.0] * len(sites)
+    generator = torch.Generator().manual_seed(0)
+    predictions = 0
+    with evaluating(model), unfused(), _unfused_recurrence(model), _differentiable(model):
+        for batch in batches:
+            with torch.enable_grad(), watch:
+                watch.backward = False
+                outputs = task.predict(model, batch)
+                watch.backward = True
+                for draw in range(draws):
+                    score = task.score(outputs, generator)
+                    gradients = torch.autograd.grad(
+                        score, parameters, retain_graph=draw < draws - 1, allow_unused=True
+                    )
+                    for place, gradient in enumerate(gradients):
+                        if gradient is not None:
+                            squares[place] += float(gradient.double().square().mean())
+            predictions += len(outputs)
+    share = 1 / max(1, predictions * draws)
+    return {
+        site.name: Curvature(square * share, *watch.found(site))
+        for site, square in zip(sites, squares, strict=True)
+    }
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Gradients reach every parameter inside the block, and are as they were after it."""
+    before = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def _unfused_recurrence(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers as their separate products; one fused operator would hide them."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    with warnings.catch_warnings():
+        # That Intel's GPUs could do something else, whatever is asked for.
+        warnings.filterwarnings("ignore", message=".*oneDNN.*")
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+
+
+class _Watch(Watching):  # type: ignore[no-untyped-call]
+    """Adds up what meets the weights on the way forward, and what comes back to their outputs."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.backward = False
+        self._sites = {site.weight.untyped_storage().data_ptr(): site for site in sites}
+        self._totals: dict[tuple[str, str], Tensor] = {}
+        self._met: dict[tuple[str, str], int] = {}
+        self._looked: dict[int, str] = {}
+
+    def found(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
+        """Means of the second moments of inputs (or of what was looked up), and of gradients."""
+
+        def mean(what: str) -> Tensor | None:
+            key = site.name, what
+            return self._totals[key] / self._met[key] if key in self._met else None
+
+        inputs = mean("inputs")
+        return mean("looked up") if inputs is None else inputs, mean("gradients")
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in _PRODUCTS:
+            left, right = (args[i] for i in _PRODUCTS[func])
+            if (site := self._of(right)) is not None:
+                self._product(site, left, right)
+            elif (site := self._of(left)) is not None:
+                self._product(site, right.transpose(-1, -2), left.transpose(-1, -2))
+        elif func is _aten.convolution.default and (site := self._of(args[1])) is not None:
+            self._convolution(site, *args[:2], *args[3:9])
+        elif func is _aten.convolution_backward.default and (site := self._of(args[2])) is not None:
+            self._convolution_gradient(site, args[0], transposed=args[7], groups=args[9])
+        elif func is _aten.embedding.default and (site := self._of(args[0])) is not None:
+            self._looked[args[1].data_ptr()] = site.name
+        elif func is _aten.embedding_dense_backward.default and args[1].data_ptr() in self._looked:
+            # One-hot rows times the table: what is looked up are its columns.
+            gradient = args[0].reshape(1, -1, args[0].shape[-1])
+            self._add(self._looked[args[1].data_ptr()], gradient, "looked up")
+        return func(*args, **kwargs)
+
+    def _of(self, tensor: Tensor) -> Site | None:
+        return self._sites.get(tensor.untyped_storage().data_ptr())
+
+    def _product(self, site: Site, other: Tensor, weight: Tensor) -> None:
+        """Adds the left side of other (..., n) @ weight (..., n, m), or a piece of it."""
+        outputs, inputs = rows(site.weight, site.axis).shape
+        size = outputs if self.backward else inputs
+        if weight.shape[-2] == size:
+            self._add(site.name, other.reshape(-1, size)[None])
+
+    def _convolution(
+        self,
+        site: Site,
+        inputs: Tensor,
+        weight: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        _: list[int],
+        groups: int,
+    ) -> None:
+        flat = weight.dim() - 2
+        if transposed or flat > 2:
+            return
+        lengths = list(weight.shape[2:])
+        if flat == 1:
+            inputs, lengths = inputs[:, :, None], [1, *lengths]
+            stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+        each = max(1, _MOST // max(1, inputs[0].numel() * math.prod(lengths)))
+        for piece in torch.split(inputs.detach(), each):
+            columns = functional.unfold(
+                piece, tuple(lengths), tuple(dilation), tuple(padding), tuple(stride)
+            )
+            # (samples, groups * n, places) -> (groups, samples * places, n)
+            apart = columns.reshape(len(piece), groups, -1, columns.shape[-1]).permute(1, 0, 3, 2)
+            self._add(site.name, apart.reshape(groups, -1, apart.shape[-1]))
+
+    def _convolution_gradient(
+        self, site: Site, gradient: Tensor, *, transposed: bool, groups: int
+    ) -> None:
+        if not transposed:
+            apart = (
+                gradient.detach()
+                .flatten(2)
+                .reshape(len(gradient), groups, -1, gradient[0, 0].numel())
+            )
+            places = apart.permute(1, 0, 3, 2)
+            self._add(site.name, places.reshape(groups, -1, places.shape[-1]))
+
+    def _add(self, name: str, values: Tensor, what: str = "") -> None:
+        """values: (groups, rows, n)"""
+        wide = values.detach().float()
+        products = (wide.transpose(1, 2) @ wide).double().cpu()
+        key = name, what or ("gradients" if self.backward else "inputs")
+        self._totals[key] = self._totals[key] + products if key in self._totals else products
+        self._met[key] = self._met.get(key, 0) + values.shape[1]
+
+
+_PRODUCTS = {_aten.addmm.default: (1, 2), _aten.mm.default: (0, 1), _aten.bmm.default: (0, 1)}
