@@ -32,11 +32,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # Shares of the mean energy that are added to each input's own (as in GPTQ) and each output's own.
 # Gradients are drawn, so their moments are noisier.
-_ALONG, _ACROSS = 0.01, 0.02
+_ALONG, _ACROSS = 0.01, 0.5
 # How much of a curvature is believed where weights are compared: it holds for small errors only.
-_TRUST = 0.7
+_TRUST = 0.5
 # Vectors are few: an error a quarter of what pays makes theirs next to nothing at 1 bit more each.
-_FINER = 2.0
+_FINER = 1.5
 
 
 @dataclass(frozen=True)
