@@ -123,13 +123,17 @@ class Survey:
 
 
 def survey(
-    model: nn.Module, task: Task | None, sites: Sequence[Site], vectors: Sequence[Site]
+    model: nn.Module,
+    task: Task | None,
+    sites: Sequence[Site],
+    vectors: Sequence[Site],
+    samples: int,
 ) -> Survey:
     """Looks at every weight and vector. Without a task, weights have one step and no effects."""
     found = Survey([_weight(site) for site in sites], [Vector(site) for site in vectors])
     if task is None:
         return found
-    curved = curvature(model, task, task.calibration(), [*sites, *vectors])
+    curved = curvature(model, task, task.calibration(samples), [*sites, *vectors])
     left = []
     for weight in found.weights:
         curve = curved[weight.site.name]
