@@ -4,8 +4,8 @@
     python bench/smallest.py resnet20 stories   some, merged into bench/results/smallest.json
     python bench/smallest.py --table            none: the tables of the docs from that file
 
-Each network is quantized by `quantize.entropy` at several rates, written at the profiles `small` and
-`max` without its graph, loaded again from `max`, and judged on data that steered nothing.
+Each network is quantized by `quantize.entropy` at several rates, written at the profiles `small`
+and `max` without its graph, loaded again from `max`, and judged on data that steered nothing.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def two_sided(before: Tensor, after: Tensor) -> float:
 def bytes_at(points: list[dict[str, Any]], profile: str, wanted: float, of: str) -> int | None:
     """Bytes at which a figure is as wanted, log-linear between the points on its two sides."""
     known = sorted((_figure(point, of), point[profile]) for point in points)
-    for (low, large), (high, less) in zip(known, known[1:], strict=False):
+    for (low, large), (high, less) in pairwise(known):
         if low <= wanted <= high:
             share = (math.log(wanted) - math.log(low)) / (math.log(high) - math.log(low))
             return round(math.exp(math.log(large) + share * (math.log(less) - math.log(large))))
