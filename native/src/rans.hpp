@@ -7,11 +7,6 @@
 
 #include "static_tables.hpp"
 
-#if !defined(TERSOR_SCALAR) && defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define TERSOR_AVX2
-#include <immintrin.h>
-#endif
-
 namespace tersor {
 
 constexpr int kFewLanes = 8, kManyLanes = 32;
@@ -189,8 +184,7 @@ class RansDecoder {
   // Decodes `groups` times `lanes` symbols, for which there are words enough in any case.
   void run(size_t lanes, bool many_tables, const uint8_t* tables, Value* out, size_t groups) {
 #ifdef TERSOR_AVX2
-    static const bool wide = __builtin_cpu_supports("avx2");
-    if (wide && lanes == kManyLanes) {
+    if (wide().load(std::memory_order_relaxed) && lanes == kManyLanes) {
       many_tables ? vectors<true>(tables, out, groups) : vectors<false>(tables, out, groups);
       return;
     }
@@ -329,11 +323,10 @@ void put_escaped(Span data, int32_t escape, Value* out, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     if (out[i] == static_cast<Value>(escape)) places.push_back(i);
   }
-  RangeDecoder range(data);
-  auto side = std::make_unique<SideDecoder>(range);
+  SideDecoder side(data);
   if (places.size() > 0xffffffffu) throw Malformed("holds too many escapes");
-  auto values = side_row(*side, static_cast<uint32_t>(places.size()));
-  range.finish();
+  auto values = side_row(side, static_cast<uint32_t>(places.size()));
+  side.finish();
   for (size_t i = 0; i < places.size(); ++i) {
     if (values[i] < std::numeric_limits<Value>::min() ||
         values[i] > std::numeric_limits<Value>::max()) {
@@ -350,9 +343,8 @@ void fast_decode(Span data, const std::vector<Shape>& shapes, Value* out, size_t
     return;
   }
   Reader reader(data);
-  RangeDecoder range(reader.part());
-  auto side = std::make_unique<SideDecoder>(range);
-  auto header = side_row(*side, 4);
+  SideDecoder side(reader.part());
+  auto header = side_row(side, 4);
   int tables = checked(header[0], 0, kMostTables - 1, "holds too many tables") + 1;
   int bits = checked(header[1], 0, kMostTableBits - kLeastTableBits, "has tables too large");
   int symbols = checked(header[2], 0, kMostSymbols - 1, "holds too many symbols") + 1;
@@ -360,11 +352,11 @@ void fast_decode(Span data, const std::vector<Shape>& shapes, Value* out, size_t
   bits += kLeastTableBits;
   std::vector<Layout> layouts;
   for (Shape shape : shapes) {
-    layouts.push_back(tables > 1 && shape.size() ? read_layout(*side, shape)
+    layouts.push_back(tables > 1 && shape.size() ? read_layout(side, shape)
                                                  : Layout{shape, 0, {}, {}});
   }
-  auto weights = side_weights(*side, tables, symbols);
-  range.finish();
+  auto weights = side_weights(side, tables, symbols);
+  side.finish();
   Span escaped = reader.part();
   if (!escapes && escaped.size) throw Malformed("holds escaped codes without need");
   Positions positions(layouts, tables);

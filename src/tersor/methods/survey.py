@@ -24,6 +24,7 @@ from tersor.measure.curvature import Curvature, curvature
 from tersor.methods import rates
 from tersor.methods.search import Terms, search
 from tersor.methods.sparse import sparse_form
+from tersor.surgery.hold import bake, release
 from tersor.surgery.walk import Site
 from tersor.task import Task
 
@@ -179,6 +180,8 @@ def _sides(moments: Tensor | None, groups: int, size: int, damping: float) -> li
 
 
 def _weight(site: Site) -> Weight:
+    for layer, attribute in site.uses:
+        bake(layer, attribute)
     form, matrix = site.form, rows(site.weight.float(), site.axis).cpu()
     if form is not None and sparse_form(form) is not form:
         raise OptionError(
@@ -187,6 +190,11 @@ def _weight(site: Site) -> Weight:
         )
     found = np.ascontiguousarray(matrix.numpy())
     zeros = None if form is None else (found == 0).astype(np.uint8)
+    if form is not None:
+        # Curvature is that of a plain parameter.
+        plain: nn.Parameter | None = None
+        for layer, attribute in site.uses:
+            plain = release(layer, attribute, plain)
     return Weight(site, found, effects(found.shape, Curvature(0.0)), zeros)
 
 
