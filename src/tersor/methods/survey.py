@@ -32,11 +32,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # Shares of the mean energy that are added to each input's own (as in GPTQ) and each output's own.
 # Gradients are drawn, so their moments are noisier.
-_ALONG, _ACROSS = 0.01, 0.02
+_ALONG, _ACROSS = 0.01, 0.5
 # How much of a curvature is believed where weights are compared: it holds for small errors only.
-_TRUST = 0.7
+_TRUST = 0.5
 # Vectors are few: an error a quarter of what pays makes theirs next to nothing at 1 bit more each.
-_FINER = 2.0
+_FINER = 1.5
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,17 @@ class Survey:
 
 
 def survey(
-    model: nn.Module, task: Task | None, sites: Sequence[Site], vectors: Sequence[Site]
+    model: nn.Module,
+    task: Task | None,
+    sites: Sequence[Site],
+    vectors: Sequence[Site],
+    samples: int,
 ) -> Survey:
     """Looks at every weight and vector. Without a task, weights have one step and no effects."""
     found = Survey([_weight(site) for site in sites], [Vector(site) for site in vectors])
     if task is None:
         return found
-    curved = curvature(model, task, task.calibration(), [*sites, *vectors])
+    curved = curvature(model, task, task.calibration(samples), [*sites, *vectors])
     left = []
     for weight in found.weights:
         curve = curved[weight.site.name]

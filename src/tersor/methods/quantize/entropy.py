@@ -45,6 +45,7 @@ def entropy(
     bits: Annotated[float, Field(gt=0, le=16)] = 3.0,
     states: int = 8,
     thrift: Annotated[float, Field(ge=0, le=4)] = 0.4,
+    samples: Annotated[int, Field(ge=1)] = 512,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> tuple[nn.Module, Outcome]:
@@ -54,6 +55,8 @@ def entropy(
     states: of the trellis, 1 (none), 4, 8, 16, 32 or 64: the more, the smaller and the slower to
         find; reading takes the same time for all
     thrift: how much error may be taken on to save a bit; 0 takes the least error
+    samples: calibration inputs to use, at most; a network that answers new inputs less surely than
+        those it was trained on needs a few thousand
     include, exclude: patterns on names and types, see `walk`
 
     The step's outcome holds the estimated bits and the finest and coarsest step. Raises OptionError
@@ -63,7 +66,7 @@ def entropy(
         raise OptionError(f"states={states}; choose one of {list(TAPS)}")
     sites = walk(model, include, exclude)
     absorb_statistics(model)
-    found = survey(model, task, sites, vectors(model, include, exclude))
+    found = survey(model, task, sites, vectors(model, include, exclude), samples)
     step, reached, codes = _fitted(found.weights, bits, states, thrift)
     for weight, chosen in zip(found.weights, codes, strict=True):
         weight.site.hold(weight.form(chosen, step * weight.step, states=states))
