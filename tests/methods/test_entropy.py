@@ -15,10 +15,11 @@ from tersor.errors import OptionError
 from tersor.forms import Trellis
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.curvature import Curvature
+from tersor.methods.effects import effects
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.rtn import rtn
-from tersor.methods.survey import Weight, _set_steps, effects
+from tersor.methods.survey import Weight, _set_steps
 from tersor.surgery import held, walk
 from tersor.surgery.walk import vectors
 from tersor.task import classification, regression

@@ -15,6 +15,7 @@ reduced to a scale and a shift first, and one-dimensional tensors are quantized 
 
 from __future__ import annotations
 
+import copy
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import nn
 from tersor.errors import OptionError
 from tersor.forms.trellis import TAPS
 from tersor.methods import rates
+from tersor.methods.effects import Known
 from tersor.methods.survey import Weight, survey
 from tersor.recipe import Outcome, method
 from tersor.surgery.fold import absorb_statistics
@@ -42,6 +44,7 @@ def entropy(
     model: nn.Module,
     task: Task | None = None,
     *,
+    known: Known | None = None,
     bits: Annotated[float, Field(gt=0, le=16)] = 3.0,
     states: int = 8,
     thrift: Annotated[float, Field(ge=0, le=4)] = 0.4,
@@ -51,6 +54,7 @@ def entropy(
 ) -> tuple[nn.Module, Outcome]:
     """Stores every weight as a `Trellis` form, in place, at about `bits` bits each once coded.
 
+    known: what `look` found out about this network and task; by default it is found out now
     bits: mean bits per weight of two or more dimensions, as an adaptive coder will need them
     states: of the trellis, 1 (none), 4, 8, 16, 32 or 64: the more, the smaller and the slower to
         find; reading takes the same time for all
@@ -59,21 +63,34 @@ def entropy(
         those it was trained on needs a few thousand
     include, exclude: patterns on names and types, see `walk`
 
-    The step's outcome holds the estimated bits and the finest and coarsest step. Raises OptionError
-    for a weight that is quantized already, TaskError for a task without inputs.
+    The step's outcome holds the estimated bits, the finest and coarsest step, and the number of
+    weights that gradients say nothing of, if there are such. Raises OptionError for a weight that
+    is quantized already, TaskError for a task without inputs.
     """
     if states not in TAPS:
         raise OptionError(f"states={states}; choose one of {list(TAPS)}")
     sites = walk(model, include, exclude)
     absorb_statistics(model)
-    found = survey(model, task, sites, vectors(model, include, exclude), samples)
+    found = survey(model, task, sites, vectors(model, include, exclude), samples, known)
     step, reached, codes = _fitted(found.weights, bits, states, thrift)
     for weight, chosen in zip(found.weights, codes, strict=True):
         weight.site.hold(weight.form(chosen, step * weight.step, states=states))
     for vector in found.vectors:
         vector.site.hold(vector.form(step, bits))
     steps = [step * weight.step for weight in found.weights]
-    return model, {"bits": reached, "finest": min(steps), "coarsest": max(steps)}
+    blind = {site.name for site in sites} & {*(found.known.blind if found.known else ())}
+    outcome = {"bits": reached, "finest": min(steps), "coarsest": max(steps)}
+    return model, outcome | ({"without_gradients": len(blind)} if blind else {})
+
+
+def look(model: nn.Module, task: Task, samples: int = 512) -> Known:
+    """What `entropy` finds out about a network before it chooses codes, the same for all `bits`."""
+    copied = copy.deepcopy(model)
+    sites = walk(copied)
+    absorb_statistics(copied)
+    known = survey(copied, task, sites, vectors(copied), samples).known
+    assert known is not None
+    return known
 
 
 def _fitted(
