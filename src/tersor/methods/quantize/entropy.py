@@ -47,7 +47,7 @@ def entropy(
     known: Known | None = None,
     bits: Annotated[float, Field(gt=0, le=16)] = 3.0,
     states: int = 8,
-    thrift: Annotated[float, Field(ge=0, le=4)] = 0.4,
+    thrift: Annotated[float, Field(ge=0, le=4)] = 0.2,
     samples: Annotated[int, Field(ge=1)] = 512,
     include: Patterns = None,
     exclude: Patterns = None,
