@@ -41,6 +41,7 @@ from tersor.task import classification, sentence_pairs
 
 IMAGES = 1024
 KL = (0.005, 0.02, 0.1)
+STATES = 32
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,12 @@ def measured(name: str, network: Network) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for bits in network.rates:
             started = time.perf_counter()
-            recipe = [{"method": "quantize.entropy", "options": {"bits": bits, "samples": IMAGES}}]
+            recipe = [
+                {
+                    "method": "quantize.entropy",
+                    "options": {"bits": bits, "samples": IMAGES, "states": STATES},
+                }
+            ]
             done = run(model, recipe, task, known=known)
             seconds = time.perf_counter() - started
             sizes = {
