@@ -107,8 +107,8 @@ class Small {
     one_ = by_level_[near.odd][level(near.expected, 4, kMostLevel)];
     two_ = nullptr;
     if (near.shift) return;
-    int recent = level(near.recent, 2, 31), column = level(near.of_column, 2, 31);
-    two_ = by_means_[near.odd][recent * 32 + column];
+    int recent = level(near.recent, 2, 15), column = level(near.of_column, 2, 15);
+    two_ = by_means_[near.odd][recent * 16 + column];
   }
 
   template <class Coder>
@@ -134,7 +134,7 @@ class Small {
   Tail tail;
 
  private:
-  Probability by_level_[2][kMostLevel + 1][16], by_means_[2][1024][16];
+  Probability by_level_[2][kMostLevel + 1][16], by_means_[2][256][16];
   Probability by_column_[1024], by_lean_[2 * kMostLean + 1];
   Probability *one_ = nullptr, *two_ = nullptr;
 };
