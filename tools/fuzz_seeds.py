@@ -1,16 +1,18 @@
-"""Small files that mutants are made of: the golden ones, and a few with what those lack."""
+"""Small files that mutants are made of: those of make_golden, and a few with what they lack."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from make_golden import GOLDEN, SMALL_CHUNKS, network, values
+import make_golden
+from make_golden import network, values
 from tersor.codec import save
 from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM, Trellis
 from tersor.surgery import hold
@@ -91,11 +93,13 @@ def tiny() -> nn.Module:
 
 def write_seeds(folder: Path) -> None:
     """Writes all of them, the same bytes wherever zstandard is the same."""
-    for path in GOLDEN.glob("*.tersor"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    with TemporaryDirectory() as drafts:
-        for name, path in _written(Path(drafts)):
-            (folder / f"{name}.tersor").write_bytes(path.read_bytes())
+    with mock.patch("make_golden.GOLDEN", folder), redirect_stdout(StringIO()):
+        make_golden.main()
+    for name, net, options in _more():
+        save(net, folder / f"{name}.tersor", **options)
+    net = network(nn.Linear(12, 12), nn.Linear(12, 12))
+    with make_golden.settings("chunks"):
+        save(net, folder / "chunks-words.tersor", example=values(2, 12))
 
 
 def read_seeds(folder: Path) -> list[Seed]:
@@ -104,18 +108,11 @@ def read_seeds(folder: Path) -> list[Seed]:
     return [Seed(name, data, found.get(BASES.get(name, ""))) for name, data in found.items()]
 
 
-def _written(folder: Path) -> Iterator[tuple[str, Path]]:
-    vector = values(2, 8)
+def _more() -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """(name, network, options of `save`)"""
     for profile in ("fast", "small", "max"):
-        path = folder / profile
-        yield f"tiny-{profile}", save(tiny(), path, example=values(2, 5), profile=profile)
-        yield f"forms-{profile}", save(forms(), path, example=vector, profile=profile)
-    words = torch.tensor([[1, 2, 3], [4, 5, 8]])
-    yield "tied", save(network(Tied()), folder / "tied", example=words)
-    yield "types", save(network(Types()), folder / "types", example=values(2, 4))
-    yield "no-graph", save(tiny(), folder / "bare", graph=False, metrics={"accuracy": 91.5})
-    with ExitStack() as stack:
-        for place, value in SMALL_CHUNKS.items():
-            stack.enter_context(mock.patch(place, value))
-        words_net = network(nn.Linear(12, 12), nn.Linear(12, 12))
-        yield "chunks-words", save(words_net, folder / "chunks", example=values(2, 12))
+        yield f"tiny-{profile}", tiny(), {"example": values(2, 5), "profile": profile}
+        yield f"forms-{profile}", forms(), {"example": values(2, 8), "profile": profile}
+    yield "tied", network(Tied()), {"example": torch.tensor([[1, 2, 3], [4, 5, 8]])}
+    yield "types", network(Types()), {"example": values(2, 4)}
+    yield "no-graph", tiny(), {"graph": False, "metrics": {"accuracy": 91.5}}

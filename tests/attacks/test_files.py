@@ -101,7 +101,7 @@ def test_memory_above_the_stated_bound_is_a_finding(seeds, monkeypatch):
     for name in ("load", "read_tensor"):
         monkeypatch.setattr(fuzz_judge, name, wasting)
     monkeypatch.setattr(fuzz_judge, "ALWAYS", 0)
-    with pytest.raises(Finding, match="took 4.. MiB, above the 0 MiB of docs/format.md"):
+    with pytest.raises(Finding, match=r"took 4.. MiB, above the 0 MiB of docs/format.md"):
         judge.outcome(whole(seeds), 0)
 
 
