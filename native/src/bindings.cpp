@@ -158,16 +158,16 @@ void search(const Table<float>& levels, const Table<float>& feedback, const Flat
   search_rows(task, codes.data(), costs.data(), threads);
 }
 
-template <class Joined, class Element>
+template <class Float>
 void decode_floats(const Flat<uint8_t>& data, const Shapes& shapes, const Flat<uint8_t>& rest,
-                   int center, const Output<Element>& out) {
+                   int center, const Output<typename Float::Bits>& out) {
   auto checked = checked_shapes(shapes, out.size());
-  if (out.size() == 0 || rest.size() != out.size() * (sizeof(Element) - 1)) {
+  if (out.size() == 0 || rest.size() != out.size() * (sizeof(typename Float::Bits) - 1)) {
     throw std::invalid_argument("sizes differ");
   }
   nb::gil_scoped_release free;
-  floats_decode<Joined>({data.data(), data.size()}, checked, rest.data(), center, out.data(),
-                        out.size());
+  floats_decode<Float>({data.data(), data.size()}, checked, rest.data(), center, out.data(),
+                       out.size());
 }
 
 // For tests: all paths must give the same bytes.
@@ -194,11 +194,11 @@ NB_MODULE(_native, module) {
              "row_weights"_a, "classes"_a, "bits"_a,
              "zeros"_a, "trellis"_a, "rate"_a, "codes"_a.noconvert(), "costs"_a.noconvert(),
              "threads"_a);
-  module.def("bfloat16_decode", decode_floats<WithExponent<uint16_t>, uint16_t>, "data"_a,
-             "shapes"_a, "rest"_a, "center"_a, "out"_a.noconvert());
-  module.def("float32_decode", decode_floats<WithExponent<uint32_t>, uint32_t>, "data"_a,
-             "shapes"_a, "rest"_a, "center"_a, "out"_a.noconvert());
-  module.def("float16_decode", decode_floats<WithUpperByte, uint16_t>, "data"_a, "shapes"_a,
+  module.def("bfloat16_decode", decode_floats<Bfloat16>, "data"_a, "shapes"_a,
+             "rest"_a, "center"_a, "out"_a.noconvert());
+  module.def("float32_decode", decode_floats<Float32>, "data"_a, "shapes"_a,
+             "rest"_a, "center"_a, "out"_a.noconvert());
+  module.def("float16_decode", decode_floats<Float16>, "data"_a, "shapes"_a,
              "rest"_a, "center"_a, "out"_a.noconvert());
 }
 

@@ -2,8 +2,8 @@
 //
 // A code is a magnitude and a sign. The magnitude is divided by 2^shift, where shift follows the
 // magnitude expected; the quotient is up to 14 flags ("larger still?") and an Exp-Golomb tail, the
-// remainder plain bits, of which the upper two are modelled. The sign follows the first flag, or the
-// remainder of a quotient of zero.
+// remainder plain bits, of which the upper two are modelled. The sign follows the first flag, or
+// the remainder of a quotient of zero.
 #pragma once
 
 #include "adaptive.hpp"
@@ -95,8 +95,8 @@ class RowsOf : public Rows {
   std::vector<int32_t> row_;
 };
 
-// The magnitude expected from the neighbours is the context; of small ones, whose codes are far from
-// alike, a second one is the means of the row (in kernels: the codes before) and the column.
+// The magnitude expected from the neighbours is the context; of small ones, whose codes are far
+// from alike, a second one is the means of the row (in kernels: the codes before) and the column.
 class Small {
  public:
   template <class Coder>

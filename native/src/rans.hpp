@@ -181,8 +181,8 @@ class RansDecoder {
  public:
   explicit RansDecoder(const RansTables& tables) : tables_(tables) {}
 
-  // Hands the symbols' values on in blocks: `give` says where block (first, size) is written, `take`
-  // that it was.
+  // Hands the symbols' values on in blocks: give(first) says where the next is to be written,
+  // take(first, size) that it was.
   template <class Give, class Take>
   void decode(Span data, Positions& positions, bool many_tables, size_t count, Give give,
               Take take) {
