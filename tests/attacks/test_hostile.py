@@ -197,7 +197,7 @@ def test_codes_too_large_for_their_type_are_refused(pieces, refused):
 def test_a_stream_that_goes_on_is_refused(pieces, refused):
     for chunk in range(len(pieces.chunks)):
         longer = pieces.copy()
-        longer.chunks[chunk] += b"more"
+        longer.chunks[chunk] += b"more bytes"
         refused(longer.settle(), "chunk . (goes on|is longer|holds|has|cannot)", load, verify)
 
 
