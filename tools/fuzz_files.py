@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import mmap
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -82,6 +83,18 @@ def keep(number: int, seed: int, content: bytes, what: str) -> None:
     print(f"mutant {number} of seed {seed} {what}", file=sys.stderr, flush=True)
 
 
+def sanitized() -> Path | None:
+    """The compiled coders that `make fuzz` builds with sanitizers, where that was possible."""
+    return next((ROOT / "build" / "sanitized").glob("tersor/codec/coders/_native*.so"), None)
+
+
+def libraries(native: Path) -> list[str]:
+    """Those of the sanitizers, which must be in a process before anything else."""
+    said = subprocess.run(["ldd", native], check=True, capture_output=True, text=True).stdout
+    words = [line.split() for line in said.splitlines() if "san.so" in line]
+    return [line[2] for line in words if len(line) > 2]
+
+
 def use_native(path: Path) -> None:
     """Lets tersor use this build of its compiled coders."""
     from tersor.codec import coders
@@ -148,7 +161,7 @@ class Worker:
         environment = dict(os.environ)
         if own.native:
             command += ["--native", str(own.native)]
-            environment |= SANITIZERS | {"LD_PRELOAD": " ".join(own.preload)}
+            environment |= SANITIZERS | {"LD_PRELOAD": " ".join(libraries(own.native))}
         self._process = subprocess.Popen(command, env=environment)
         self._seen, self._since = -1, time.monotonic()
 
@@ -203,14 +216,18 @@ def run(options: argparse.Namespace) -> int:
     totals[-1] += sum(worker.crashes for worker in workers)
     counts = dict(zip(OUTCOMES, totals, strict=True))
     files = sum(totals)
-    built = "AddressSanitizer and UBSan" if options.native else "no sanitizer"
-    print(f"{files} files in {seconds:.0f} s, {files / seconds:.0f} a second, {built}")
+    built = "AddressSanitizer and UBSan" if options.native else "no sanitizers"
+    print(f"{files} files in {seconds:.0f} s with {built}: ", end="")
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    each = files / max(0.01, used.ru_utime + used.ru_stime)
+    print(f"{files / seconds:.0f} a second, {each:.0f} for each second of a processor")
     if options.record:
         from _record import record
 
         figures = {"files": files, "outcomes": counts, "seconds": round(seconds)}
         figures |= {"files_per_second": round(files / seconds), "processes": options.processes}
+        figures["files_per_processor_second"] = round(each)
         record("fuzz", figures | {"seed": options.seed, "built_with": built})
     return totals[-1]
 
@@ -237,8 +254,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="on the clock")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--native", type=Path, help="compiled coders with sanitizers")
-    parser.add_argument("--preload", nargs="*", default=[], help="the sanitizers' libraries")
+    parser.add_argument("--native", type=Path, default=sanitized(), help="the compiled coders")
     parser.add_argument("--record", action="store_true", help="write bench/results/fuzz.json")
     parser.add_argument("--only", type=int, help="read this mutant alone")
     for name, kind in (("progress", Path), ("folder", Path), ("first", int), ("step", int)):

@@ -113,6 +113,7 @@ def run(monkeypatch, tmp_path, capfd, *options):
 
 
 def test_processes_share_the_mutants_out(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(fuzz_files, "sanitized", lambda: None)
     status, said = run(monkeypatch, tmp_path, capfd, "--files", "60", "--processes", "2")
     assert status == 0
     assert said.out.startswith("60 files in ")
@@ -124,6 +125,7 @@ def test_findings_are_kept_and_fail_the_run(monkeypatch, tmp_path, capfd, folder
     monkeypatch.setattr(fuzz_judge, "load", lambda *_, **__: {}["runs"])
     monkeypatch.setattr(fuzz_judge, "read_tensor", lambda *_, **__: {}["runs"])
     # Within this process, where what was planted is seen.
+    monkeypatch.setattr(fuzz_files, "sanitized", lambda: None)
     monkeypatch.setattr(fuzz_files, "MOST_SPACE", None)
     run(monkeypatch, tmp_path, capfd, *options, "--first", "0", "--step", "1")
     assert fuzz_files.Progress(tmp_path / "progress").counts == [0, 0, 0, 0, 0, 3]
@@ -154,6 +156,7 @@ def test_a_crash_is_kept_and_the_rest_is_read(monkeypatch, tmp_path, capfd):
     folders = {name: str(fuzz_files.ROOT / name) for name in ("tools", "tests")}
     script.write_text(CRASHING.format(**folders))
     monkeypatch.setattr(fuzz_files, "__file__", str(script))
+    monkeypatch.setattr(fuzz_files, "sanitized", lambda: None)
     status, said = run(monkeypatch, tmp_path, capfd, "--files", "9", "--processes", "2")
     assert status == 1
     assert ", 4 finding" in said.out
