@@ -12,16 +12,16 @@ from pathlib import Path
 
 import zstandard
 
-PREAMBLE = struct.Struct("<8sIIQQII")
+PREAMBLE = struct.Struct("<8s4HQ4I")
 MAGIC = b"\x89TERSOR\n"
+VOCABULARY = zstandard.ZstdCompressionDict(
+    (Path(__file__).parents[2] / "src" / "tersor" / "codec" / "vocabulary.txt").read_bytes(),
+    dict_type=zstandard.DICT_TYPE_RAWCONTENT,
+)
 
 
-def digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def aligned(position: int) -> int:
-    return -(-position // 8) * 8
+def digest(content: bytes, size: int = 8) -> bytes:
+    return hashlib.blake2b(content, digest_size=size).digest()
 
 
 @dataclass
@@ -35,39 +35,42 @@ class Pieces:
     """Fields of the preamble to write instead of the right ones."""
     header_text: bytes | None = None
     """The header's text, instead of canonical JSON of `header`."""
-    section: bytes | None = None
-    """The compressed JSON, instead of what it should be."""
+    squeezed: bytes | None = None
+    """The squeezed text, instead of what it should be."""
+    digests: list[bytes] | None = None
+    """The checksums of the chunks, instead of the right ones."""
 
     @classmethod
     def of(cls, path: Path) -> "Pieces":
         content = path.read_bytes()
-        magic, version, flags, length, stored, header, program = PREAMBLE.unpack(content[:40])
-        assert (magic, version, flags, length) == (MAGIC, 0, 0, len(content))
-        section = content[56 : 56 + stored]
-        assert content[40:56] == digest(content[:40] + section)
-        assert content[-32:] == hashlib.sha256(content[:-32]).digest()
-        text = zstandard.decompress(section)
+        magic, version, least, required, optional, length, *rest = PREAMBLE.unpack(content[:40])
+        assert (magic, version, least, optional) == (MAGIC, 1, 1, 0)
+        assert required in (0, 1)
+        assert length == len(content)
+        stored, header, program, count = rest
+        start = 56 + stored + 8 * count
+        assert content[40:56] == digest(content[:40] + content[56:start], 16)
+        text = zstandard.ZstdDecompressor(VOCABULARY).decompress(content[56 : 56 + stored])
         assert len(text) == header + program
         fields = json.loads(text[:header])
-        start = aligned(56 + stored)
         chunks = []
-        for *_, offset, streams, checksum in fields["chunks"]:
-            chunks.append(content[start + offset : start + offset + sum(streams)])
-            assert digest(chunks[-1]).hex() == checksum
-        return cls(fields, text[header:], chunks)
+        for length in (n for run in fields.get("runs", []) for n in run[1]):
+            chunks.append(content[start : start + length])
+            at = 56 + stored + 8 * (len(chunks) - 1)
+            assert digest(chunks[-1]) == content[at : at + 8]
+            start += length
+        assert start == len(content)
+        assert len(chunks) == count
+        return cls(fields, text[header:], chunks, {"required": required} if required else {})
 
     def copy(self) -> "Pieces":
         return deepcopy(self)
 
     def settle(self) -> "Pieces":
-        """Corrects the table of chunks: offsets, checksums, and lengths of single streams."""
-        at = 0
-        for row, chunk in zip(self.header["chunks"], self.chunks, strict=True):
-            at = aligned(at)
-            row[2], row[4] = at, digest(chunk).hex()
-            if sum(row[3]) != len(chunk):
-                row[3] = [len(chunk)]
-            at += len(chunk)
+        """Corrects the lengths in the table of runs."""
+        lengths = iter(map(len, self.chunks))
+        for run in self.header["runs"]:
+            run[1] = [next(lengths) for _ in run[1]]
         return self
 
     def write(self, path: Path) -> Path:
@@ -77,17 +80,15 @@ class Pieces:
             text = json.dumps(
                 self.header, sort_keys=True, separators=(",", ":"), ensure_ascii=False
             ).encode()
-        section = self.section
-        if section is None:
-            section = zstandard.ZstdCompressor(level=19).compress(text + self.program)
-        body = b""
-        for chunk in self.chunks:
-            body = body.ljust(aligned(len(body)), b"\0") + chunk
-        padding = bytes(aligned(56 + len(section)) - 56 - len(section))
-        fields = {"magic": MAGIC, "version": 0, "flags": 0}
-        fields["length"] = 56 + len(section) + len(padding) + len(body) + 32
-        fields |= {"stored": len(section), "header": len(text), "program": len(self.program)}
+        squeezed = self.squeezed
+        if squeezed is None:
+            squeezed = zstandard.ZstdCompressor(19, VOCABULARY).compress(text + self.program)
+        digests = self.digests if self.digests is not None else list(map(digest, self.chunks))
+        section, body = squeezed + b"".join(digests), b"".join(self.chunks)
+        fields = {"magic": MAGIC, "version": 1, "least": 1, "required": 0, "optional": 0}
+        fields["length"] = 56 + len(section) + len(body)
+        fields |= {"stored": len(squeezed), "header": len(text), "program": len(self.program)}
+        fields["chunks"] = len(digests)
         start = PREAMBLE.pack(*(fields | self.preamble).values())
-        content = start + digest(start + section) + section + padding + body
-        path.write_bytes(content + hashlib.sha256(content).digest())
+        path.write_bytes(start + digest(start + section, 16) + section + body)
         return path

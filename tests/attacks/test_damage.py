@@ -1,7 +1,5 @@
 """Files that were damaged on their way: cut, flipped, renamed, or from the future."""
 
-import random
-
 import pytest
 import torch
 from torch import nn
@@ -32,18 +30,19 @@ def refused(path, content):
     return str(caught.value)
 
 
-def test_one_flipped_bit_in_any_byte_is_noticed(path):
-    content, choose = path.read_bytes(), random.Random(0)
-    assert len(content) < 2000
+def test_one_flipped_bit_anywhere_is_noticed(path):
+    content = path.read_bytes()
+    assert len(content) < 1500
     for at in range(len(content)):
-        flipped = bytearray(content)
-        flipped[at] ^= 1 << choose.randrange(8)
-        refused(path, flipped)
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[at] ^= 1 << bit
+            refused(path, flipped)
 
 
 def test_a_file_cut_short_anywhere_is_noticed(path):
     content = path.read_bytes()
-    for length in (*range(80), *range(80, len(content), 7), len(content) - 1):
+    for length in range(len(content)):
         refused(path, content[:length])
 
 
@@ -54,14 +53,11 @@ def test_damage_is_explained_with_the_way_out(path):
     assert "get it again from where it came from" in cut
     assert "something was appended to it" in refused(path, content + b"x")
     flipped = bytearray(content)
-    flipped[-40] ^= 1
+    flipped[-1] ^= 1
     assert "the checksum of chunk" in refused(path, flipped)
     flipped = bytearray(content)
     flipped[60] ^= 1
     assert "the checksum of its header is wrong" in refused(path, flipped)
-    flipped = bytearray(content)
-    flipped[-1] ^= 1
-    assert "its checksum is wrong" in refused(path, flipped)
 
 
 @pytest.mark.parametrize(
@@ -77,21 +73,38 @@ def test_another_kind_of_file_is_named_as_such(path, content):
 
 def test_a_newer_file_asks_for_an_upgrade(path):
     pieces = Pieces.of(path)
-    pieces.preamble = {"version": 3}
+    pieces.preamble = {"version": 3, "least": 3}
     newer = pieces.write(path.with_name("newer.tersor"))
+    says = r"newer tersor \(file version 3, for readers of version 3 on; this one reads 1\)"
     for reader in (load, read_header, verify):
-        with pytest.raises(FileError, match=r"newer tersor \(file version 3, this one reads 0\)"):
+        with pytest.raises(FileError, match=says):
             reader(newer)
     # Its header and length may mean something else by then, so nothing else is looked at.
-    newer.write_bytes(MAGIC + b"\1\0\0\0" + bytes(44))
+    newer.write_bytes(MAGIC + b"\2\0\2\0" + bytes(44))
     with pytest.raises(FileError, match="upgrade with `pip install -U tersor`"):
         load(newer)
 
 
-def test_unknown_flags_are_refused(path):
+def test_a_newer_file_that_needs_nothing_new_is_read(path):
     pieces = Pieces.of(path)
-    pieces.preamble = {"flags": 4}
-    with pytest.raises(FileError, match="its flags are 0x4"):
+    pieces.preamble = {"version": 3, "optional": 0x8001}
+    pieces.header["+speed"] = {"of": "light"}
+    newer = pieces.write(path.with_name("newer.tersor"))
+    x = torch.rand(4, 6)
+    assert torch.equal(load(newer)(x), load(path)(x))
+
+
+def test_an_older_file_is_refused(path):
+    pieces = Pieces.of(path)
+    pieces.preamble = {"version": 0, "least": 0}
+    with pytest.raises(FileError, match="file version 0, from before tersor's first release"):
+        load(pieces.write(path.with_name("older.tersor")))
+
+
+def test_a_feature_that_is_needed_and_unknown_is_named(path):
+    pieces = Pieces.of(path)
+    pieces.preamble = {"required": 0b10100}
+    with pytest.raises(FileError, match=r"needs feature 2, 4 of .* does not know; upgrade with"):
         load(pieces.write(path.with_name("flags.tersor")))
 
 

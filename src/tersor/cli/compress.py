@@ -31,6 +31,10 @@ def compress(
         str | None,
         typer.Option(help="A .json, .yaml or .tersor file whose steps are taken as they are."),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="How the file is coded: fast, small or max. [default: small]"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the bootstrap intervals.")] = None,
 ) -> Answer:
     """Makes a model meet a budget, checks the written file, and reports.
@@ -45,7 +49,8 @@ def compress(
     from tersor.report import finish
     from tersor.report.terminal import report_view
 
-    given = {"data": data, "budget": budget, "out": out, "recipe": recipe, "seed": seed}
+    given: dict[str, str | int | None] = {"data": data, "budget": budget, "out": out}
+    given |= {"recipe": recipe, "profile": profile, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
     is_job = model.endswith((".yaml", ".yml"))
     named = read_job(Path(model)).model_dump() if is_job else {"model": model}
@@ -62,6 +67,7 @@ def compress(
             run=job.out,
             example=example,
             recipe=steps,
+            profile=job.profile,
             seed=job.seed,
         )
     except KeyboardInterrupt:
@@ -88,4 +94,6 @@ def command(job: "Job", *, budget: str) -> str:
     for name, value in options.items():
         if value is not None:
             words += [f"--{name}", str(value)]
+    if job.profile != "small":
+        words += ["--profile", job.profile]
     return shlex.join([*words, "--seed", str(job.seed)])

@@ -23,6 +23,7 @@ class Job(BaseModel):
     budget: str | dict[str, Any] = "size=0.25x"
     out: str | None = None
     recipe: str | list[dict[str, Any]] | None = None
+    profile: str = "small"
     seed: int = 0
 
 

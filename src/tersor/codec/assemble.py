@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tersor.codec.errors import Unreadable
 from tersor.codec.header import Entry
-from tersor.codec.pack import Unreadable
 from tersor.errors import CompressError, ExportError
 from tersor.forms import Form
 from tersor.program.interpreter import Interpreted

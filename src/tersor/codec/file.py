@@ -9,12 +9,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from tersor.codec.assemble import assembled, check_rebuildable
-from tersor.codec.container import Text, about, canonical, opened, read_text, write
-from tersor.codec.contents import Shelf, collect, read_tensors, rebuild
-from tersor.codec.header import Header, as_json, coding_json
+from tersor.codec.base import Base
+from tersor.codec.chunks import THREADS, read_leaves
+from tersor.codec.container import canonical, read_text, write
+from tersor.codec.contents import collect, rebuild
+from tersor.codec.errors import Unreadable, about
+from tersor.codec.header import Header, Plain, as_json, typed
 from tersor.codec.header_reader import parse
 from tersor.codec.into import check_complete, place
-from tersor.codec.pack import Unreadable
+from tersor.codec.leaves import all_leaves
+from tersor.codec.pack import as_tensor
+from tersor.codec.runs import PROFILES, check_profile, encoded
+from tersor.codec.shelf import Shelf
+from tersor.codec.source import Pipe, Place, name_of, opened
 from tersor.errors import FileError, ModelError, OptionError
 from tersor.forms import Form
 from tersor.program.interpreter import Interpreted
@@ -34,6 +41,8 @@ def save(
     recipe: Recipe | Sequence[Mapping[str, Any]] | None = None,
     metrics: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    profile: str = "small",
+    base: Place | None = None,
 ) -> Path:
     """Writes `model` to `path` as one file, whole or not at all.
 
@@ -45,44 +54,63 @@ def save(
         stored as it is, which saves tracing a network again for each way of storing it
     recipe: what was done to the model; by default the steps noted on it
     metrics, provenance: mappings of JSON values to keep with it
+    profile: "fast" to load, "small", or "max" for the smallest file; all hold the same numbers
+    base: a file of an earlier state of the model; what has changed since is stored as changes, and
+        the file can only be loaded beside it
 
     Raises ExportError for a model whose forward pass cannot be stored, ModelError for weights that
     are not finite, OutputError where the file cannot be written.
     """
     path = Path(path)
-    notes = {
+    check_profile(profile)
+    notes: dict[str, Any] = {
         "recipe": _steps(recipe_of(model) if recipe is None else recipe),
         "metrics": _noted("metrics", metrics),
         "provenance": _noted("provenance", provenance),
     }
-    shelf = Shelf()
     # Before tracing, which would fail in less clear words on weights that are not finite.
-    entries = collect(model, shelf)
+    entries, tensors = collect(model)
     program = graph if isinstance(graph, Program) else _program(model, example) if graph else None
+    constants: Mapping[str, Tensor] = {}
     if program is not None:
         check_rebuildable(entries, program, type(model).__name__)
-    constants = [] if program is None else [(n, shelf.put(t)) for n, t in program.constants.items()]
+        constants = dict(sorted(program.constants.items()))
+    plain = [(name, Plain(tuple(tensor.shape), 0)) for name, tensor in constants.items()]
+    earlier = None if base is None else Base(base)
+    shelf = Shelf(list(all_leaves(entries, plain)), [*tensors, *constants.values()], earlier)
+    entries, plain = typed(entries, plain, shelf.kind_of)
+    if shelf.changed and earlier is not None:
+        notes["base"] = earlier.header.identity
     write(
         path,
-        as_json(entries, constants, notes),
+        as_json(entries, plain, shelf.kinds, notes),
         b"" if program is None else program.to_json(),
-        ((coding_json(coding), streams) for coding, streams in shelf.chunks()),
+        (encoded(run, PROFILES[profile]) for run in shelf.runs),
         _check_readable,
+        features=int(shelf.changed),
     )
     return path
 
 
-def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
+def load(
+    path: Place,
+    *,
+    into: nn.Module | None = None,
+    base: Place | None = None,
+    threads: int = THREADS,
+) -> nn.Module:
     """Rebuilds the model in `path`, in evaluation mode, with its recipe and metrics noted on it.
 
+    path: of the file; or a binary file, from its start on; a pipe; `Ranges` of a remote file
     into: a module of the model's own class, on any device or the meta device, that takes the
         weights; without it the stored graph is run, and no code of the model is needed
+    base: the file that it was saved with as its base, where there was one
+    threads: that decode; the result is the same for any number
 
     Raises FileError for a file that is damaged, hostile, too new, or does not fit `into`.
     """
-    path = Path(path)
-    with about(path):
-        header, items, program = _read(path)
+    with about(name_of(path)):
+        header, items, program = _read(path, threads, base)
         if into is not None:
             place(into, zip(header.entries, items, strict=True))
             check_complete(into)
@@ -98,18 +126,16 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: Place) -> Header:
     """What the file says about itself, without reading its tensors."""
-    path = Path(path)
-    with about(path), opened(path) as (file, size):
-        return parse(read_text(file, size))
+    with about(name_of(path)), opened(path) as source:
+        return parse(read_text(source))
 
 
-def verify(path: str | Path) -> Header:
+def verify(path: Place, *, base: Place | None = None) -> Header:
     """Reads and checks everything in the file: checksums, tensors, forms and graph."""
-    path = Path(path)
-    with about(path):
-        header, items, program = _read(path)
+    with about(name_of(path)):
+        header, items, program = _read(path, THREADS, base)
         if program is not None:
             assembled(header.entries, items, program)
         _recipe(header)
@@ -119,8 +145,8 @@ def verify(path: str | Path) -> Header:
 def _check_readable(draft: Path) -> None:
     """A file that `load` would refuse must not be written either."""
     try:
-        with opened(draft) as (file, size):
-            parse(read_text(file, size))
+        with open(draft, "rb") as file:
+            parse(read_text(Pipe(file)))
     except Unreadable as error:
         raise ModelError(
             f"the model would make a file that nobody may read: {error}; store it in several files"
@@ -133,11 +159,16 @@ def _program(model: nn.Module, example: Example | None) -> Program | None:
     return program_of(model, example)
 
 
-def _read(path: Path) -> Read:
-    with opened(path) as (file, size):
-        text: Text = read_text(file, size)
+def _read(path: Place, threads: int, base: Place | None) -> Read:
+    with opened(path) as source:
+        text = read_text(source)
         header = parse(text)
-        tensors = read_tensors(file, text, header)
+        wanted = dict.fromkeys(range(len(header.leaves)))
+        arrays = read_leaves(source, header, wanted, threads, base)
+    tensors = [
+        as_tensor(array, header.dtype(leaf.plain), leaf.plain.shape)
+        for leaf, array in zip(header.leaves, arrays.values(), strict=True)
+    ]
     items, constants = rebuild(header, tensors)
     program = Program.from_json(text.program, constants) if text.program else None
     return header, items, program

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from tersor.codec.container import Stored, Text, canonical
-from tersor.codec.header import Chunk, Entry, Formed, Header, Plain, leaves
-from tersor.codec.pack import Coding, Unreadable
+from tersor.codec.container import Text, canonical
+from tersor.codec.errors import Unreadable, expect, whole
+from tersor.codec.header import Entry, Formed, Header, Kind, Plain
+from tersor.codec.leaves import Leaf, all_leaves
+from tersor.codec.tables import check_base, chunks_of, contents_of, kind_of, run_of
 from tersor.forms import KINDS
 from tersor.program.program import DTYPES
 
@@ -25,32 +25,49 @@ SMALLEST_LIMIT = 2**30
 STORED_RATIO = 64
 DENSE_RATIO = 1024
 
+_NEEDED = {"writer": str, "modules": list}
+_OPTIONAL = {
+    "tied": dict,
+    "constants": dict,
+    "kinds": list,
+    "runs": list,
+    "base": str,
+    "recipe": list,
+    "metrics": dict,
+    "provenance": dict,
+}
+
 
 def parse(text: Text) -> Header:
     """Reads and checks the header. Raises Unreadable with the first rule that it breaks."""
-    fields = _fields(
-        _json(text.header),
-        {"writer": str, "tensors": list, "constants": list, "chunks": list}
-        | {"recipe": list, "metrics": dict, "provenance": dict},
-        "the header",
-    )
-    entries = tuple(_entry(value) for value in fields["tensors"])
-    constants = tuple(_constant(value) for value in fields["constants"])
-    for names in ([n for e in entries for n in e.names], [name for name, _ in constants]):
-        _expect(len(names) == len(set(names)), "a name of a tensor occurs twice")
-    found = [leaf for e in entries for leaf in leaves(e.tensor)]
-    found += [plain for _, plain in constants]
-    chunks = _chunks(fields["chunks"], found)
-    _check_limits(entries, chunks, text.file_bytes)
+    fields = _header_fields(_json(text.header))
+    entries = _entries(fields["modules"], fields["tied"])
+    constants = tuple(_constant(name, value) for name, value in fields["constants"].items())
+    names = [name for entry in entries for name in entry.names]
+    expect(len(names) == len(set(names)), "a name of a tensor occurs twice")
+    kinds = tuple(kind_of(n, row) for n, row in enumerate(fields["kinds"]))
+    runs = tuple(run_of(n, row) for n, row in enumerate(fields["runs"]))
+    leaves = tuple(all_leaves(entries, constants))
+    inside = contents_of(kinds, runs, leaves)
+    chunks = chunks_of(runs, [[leaves[i].matrix for i in indices] for indices in inside], text)
+    check_base(fields["base"], kinds, runs, text.features)
+    _check_limits(entries, leaves, kinds, text.file_bytes)
     return Header(
         writer=fields["writer"],
         entries=entries,
         constants=constants,
+        kinds=kinds,
+        runs=runs,
         chunks=chunks,
+        leaves=leaves,
+        inside=inside,
+        base=fields["base"],
         recipe=fields["recipe"],
         metrics=fields["metrics"],
         provenance=fields["provenance"],
+        identity=text.identity,
         program_bytes=len(text.program),
+        chunks_at=text.chunks_at,
         file_bytes=text.file_bytes,
     )
 
@@ -64,32 +81,64 @@ def _json(text: bytes) -> Any:
     except (ValueError, UnicodeError) as error:
         raise Unreadable(f"its header cannot be read as JSON ({error})") from None
     # One text per value: a repeated key or a space would not survive being written again.
-    _expect(same, "its header is not written as tersor writes it")
+    expect(same, "its header is not written as tersor writes it")
     return value
 
 
-def _entry(value: Any) -> Entry:
-    names, layer, tensor = _items(value, 3, "a tensor")
-    _expect(isinstance(names, list) and names != [], "a tensor has no list of names")
-    for name in names:
-        _check_name(name)
-    _expect(isinstance(layer, str) and len(layer) <= LONGEST_NAME, "a layer's type is no name")
-    with_name = _Where(names[0])
-    return Entry(tuple(names), layer, with_name.tensor(tensor, 0))
+def _header_fields(value: Any) -> dict[str, Any]:
+    """All fields, those that were left out because they are empty too."""
+    expect(isinstance(value, dict), "the header is no JSON object")
+    # Fields of optional features, which a reader may pass over.
+    fields = {name: part for name, part in value.items() if not name.startswith("+")}
+    kinds = _NEEDED | _OPTIONAL
+    known = _NEEDED.keys() <= fields.keys() <= kinds.keys()
+    expect(
+        known, f"the fields of the header are not {sorted(_NEEDED)} and some of {sorted(_OPTIONAL)}"
+    )
+    for name, part in fields.items():
+        expect(type(part) is kinds[name], f'"{name}" of the header is no {kinds[name].__name__}')
+        expect(name in _NEEDED or bool(part), f'"{name}" of the header is empty')
+    return {name: kind() for name, kind in _OPTIONAL.items()} | fields
 
 
-def _constant(value: Any) -> tuple[str, Plain]:
-    name, tensor = _items(value, 2, "a constant")
-    _check_name(name)
-    plain = _Where(name).tensor(tensor, 0)
+def _entries(modules: list[Any], tied: dict[str, Any]) -> tuple[Entry, ...]:
+    other: dict[str, list[str]] = {}
+    for name, first in tied.items():
+        check_name(name)
+        expect(isinstance(first, str), f'"{name}" is tied to no name')
+        other.setdefault(first, []).append(name)
+    found = []
+    for row in modules:
+        path, layer, tensors = _items(row, 3, "a module")
+        expect(isinstance(layer, str) and len(layer) <= LONGEST_NAME, "a layer's type is no name")
+        expect(isinstance(tensors, dict) and tensors != {}, "a module holds no tensors")
+        expect(path == "" or _is_name(path), f"{path!r:.60} is no name of a module")
+        for leaf, value in tensors.items():
+            name = f"{path}.{leaf}" if path else leaf
+            expect("." not in leaf, f"{name!r:.60} is no name of a tensor")
+            check_name(name)
+            names = (name, *other.pop(name, ()))
+            found.append(Entry(names, layer, _Where(name).tensor(value, 0)))
+    expect(not other, "a tensor is tied to one that is not there")
+    return tuple(found)
+
+
+def _constant(name: str, value: Any) -> tuple[str, Plain]:
+    check_name(name)
+    plain = _Where(name).tensor(value, 0)
     if not isinstance(plain, Plain):
         raise Unreadable(f'the constant "{name}" is stored as a form')
     return name, plain
 
 
-def _check_name(name: Any) -> None:
+def check_name(name: Any) -> None:
+    """Raises Unreadable unless a tensor may be called that."""
+    expect(_is_name(name), f"{name!r:.60} is no name of a tensor")
+
+
+def _is_name(name: Any) -> bool:
     fits = isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable()
-    _expect(fits and all(name.split(".")), f"{name!r:.60} is no name of a tensor")
+    return fits and all(name.split("."))
 
 
 @dataclass(frozen=True)
@@ -99,79 +148,46 @@ class _Where:
     name: str
 
     def tensor(self, value: Any, depth: int) -> Plain | Formed:
-        if isinstance(value, list):
-            shape, chunk = _items(value, 2, f'"{self.name}"')
-            _expect(_whole(chunk), f'the chunk of "{self.name}" is no number')
-            return Plain(self.shape(shape), chunk)
-        _expect(depth < DEEPEST, f'"{self.name}" has more than {DEEPEST} forms inside one another')
-        kinds = {"form": str, "shape": list, "dtype": str, "config": dict, "parts": list}
-        fields = _fields(value, kinds, f'"{self.name}"')
-        _expect(
-            fields["form"] in KINDS,
-            f'"{self.name}" is stored as {fields["form"]!r:.40}, an unknown form',
-        )
-        _expect(
-            fields["dtype"] in DTYPES,
-            f'"{self.name}" is of the unknown type {fields["dtype"]!r:.40}',
-        )
-        pairs = [_items(pair, 2, f'a part of "{self.name}"') for pair in fields["parts"]]
-        names = [name for name, _ in pairs]
-        _expect(all(isinstance(n, str) for n in names), f'a part of "{self.name}" has no name')
-        _expect(len(set(names)) == len(names), f'a part of "{self.name}" occurs twice')
+        expect(isinstance(value, list) and value != [], f'"{self.name}" is not described')
+        if not isinstance(value[0], str):
+            expect(whole(value[0]), f'the kind of "{self.name}" is no number')
+            return Plain(self.shape(value[1:]), value[0])
+        expect(depth < DEEPEST, f'"{self.name}" has more than {DEEPEST} forms inside one another')
+        expect(len(value) in (4, 5), f'"{self.name}" is no list of 4 or 5')
+        form, shape, config, parts, dtype = (*value, "float32")[:5]
+        expect(form in KINDS, f'"{self.name}" is stored as {form!r:.40}, an unknown form')
+        known = isinstance(dtype, str) and dtype in DTYPES
+        expect(known and value[4:] != ["float32"], f'"{self.name}" is of the type {dtype!r:.40}')
+        for part in (config, parts):
+            expect(isinstance(part, dict), f'"{self.name}" has {part!r:.40} for options or parts')
         return Formed(
-            form=fields["form"],
-            shape=self.shape(fields["shape"]),
-            dtype=DTYPES[fields["dtype"]],
-            config=fields["config"],
-            parts=tuple((name, self.tensor(part, depth + 1)) for name, part in pairs),
+            form=form,
+            shape=self.shape(shape),
+            dtype=DTYPES[dtype],
+            config=config,
+            parts=tuple((name, self.tensor(part, depth + 1)) for name, part in parts.items()),
         )
 
     def shape(self, sizes: Any) -> tuple[int, ...]:
-        fits = isinstance(sizes, list) and len(sizes) <= 16 and all(map(_whole, sizes))
-        _expect(fits, f'the shape of "{self.name}" is {sizes!r:.60}')
+        fits = isinstance(sizes, list) and len(sizes) <= 16 and all(map(whole, sizes))
+        expect(fits, f'the shape of "{self.name}" is {sizes!r:.60}')
         total = math.prod(max(1, size) for size in sizes)
-        _expect(total <= LARGEST_SIZE, f'"{self.name}" has {total} elements, above {LARGEST_SIZE}')
+        expect(total <= LARGEST_SIZE, f'"{self.name}" has {total} elements, above {LARGEST_SIZE}')
         return tuple(sizes)
 
 
-def _chunks(table: list[Any], found: list[Plain]) -> tuple[Chunk, ...]:
-    counts = [0] * len(table)
-    for leaf in found:
-        _expect(leaf.chunk < len(table), f"a tensor lies in chunk {leaf.chunk} of {len(table)}")
-        counts[leaf.chunk] += math.prod(leaf.shape)
-    # Else the table could name chunks that hold anything at all.
-    _expect(
-        {leaf.chunk for leaf in found} == set(range(len(table))), "a chunk belongs to no tensor"
-    )
-    return tuple(
-        _chunk(n, row, count) for n, (row, count) in enumerate(zip(table, counts, strict=True))
-    )
-
-
-def _chunk(number: int, row: Any, count: int) -> Chunk:
-    what = f"chunk {number}"
-    name, bits, offset, streams, digest = _items(row, 5, what)
-    _expect(isinstance(name, str) and name in DTYPES, f"{what} is of the unknown type {name!r:.40}")
-    dtype = DTYPES[name]
-    narrow = dtype in (torch.int8, torch.uint8)
-    allowed = range(1, 9) if narrow else (1 if dtype is torch.bool else dtype.itemsize * 8,)
-    _expect(_whole(bits) and bits in allowed, f"{what} has {bits!r:.40} bits per {name}")
-    fits = isinstance(streams, list) and len(streams) in (1, dtype.itemsize)
-    _expect(fits and all(map(_whole, streams)) and _whole(offset), f"{what} has no place")
-    coding = Coding(dtype, bits)
-    each = coding.packed_bytes(count) // len(streams)
-    _expect(all(s <= each for s in streams), f"{what} is longer than its {count} elements need")
-    _expect(isinstance(digest, str), f"{what} has no checksum")
-    return Chunk(coding, Stored(offset, tuple(streams), digest), count)
-
-
-def _check_limits(entries: tuple[Entry, ...], chunks: tuple[Chunk, ...], file_bytes: int) -> None:
-    stored = sum(max(c.count * c.coding.dtype.itemsize, 1) for c in chunks)
+def _check_limits(
+    entries: Sequence[Entry],
+    leaves: Sequence[Leaf],
+    kinds: Sequence[Kind],
+    file_bytes: int,
+) -> None:
+    stored = sum(max(f.plain.count * kinds[f.plain.kind].dtype.itemsize, 1) for f in leaves)
     most = max(SMALLEST_LIMIT, STORED_RATIO * file_bytes)
-    _expect(stored <= most, f"its tensors unfold to {stored} bytes, above the limit of {most}")
+    expect(stored <= most, f"its tensors unfold to {stored} bytes, above the limit of {most}")
     dense = sum(_dense_bytes(entry.tensor) for entry in entries)
     most = max(SMALLEST_LIMIT, DENSE_RATIO * file_bytes)
-    _expect(dense <= most, f"its weights unfold to {dense} bytes, above the limit of {most}")
+    expect(dense <= most, f"its weights unfold to {dense} bytes, above the limit of {most}")
 
 
 def _dense_bytes(tensor: Plain | Formed) -> int:
@@ -182,23 +198,6 @@ def _dense_bytes(tensor: Plain | Formed) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize + inner
 
 
-def _fields(value: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:
-    _expect(isinstance(value, dict), f"{what} is no JSON object")
-    _expect(value.keys() == kinds.keys(), f"the fields of {what} are not exactly {sorted(kinds)}")
-    for name, kind in kinds.items():
-        _expect(type(value[name]) is kind, f'"{name}" of {what} is no {kind.__name__}')
-    return dict(value)
-
-
 def _items(value: Any, count: int, what: str) -> list[Any]:
-    _expect(isinstance(value, list) and len(value) == count, f"{what} is no list of {count}")
+    expect(isinstance(value, list) and len(value) == count, f"{what} is no list of {count}")
     return list(value)
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
-
-
-def _expect(held: bool, rule: str) -> None:
-    if not held:
-        raise Unreadable(rule)

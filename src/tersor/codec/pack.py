@@ -1,15 +1,14 @@
-"""Tensors as bytes: what a run of equal-natured elements looks like in a file.
+"""Elements as bytes: what a chunk of a file holds, by coder.
 
-Codes are packed as many to a byte as fit whole (two 3-bit codes, not 2.67), because zstd counts
-bytes and whole codes keep their statistics. Wider elements are stored either as they lie in memory
-or as byte planes (all first bytes, then all second bytes, ...), each a stream of its own: exponents
-are very compressible and the lowest mantissa bytes not at all.
+Codes (whole numbers) go through the coders of `tersor.codec.coders`, under the names they have
+there. Words (all other elements, as unsigned integers of their width) have five: `floats`,
+`exponents` (for few floats: exponents and signs by `small`), `planes` (a byte at a time), `zstd`
+and `raw`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,245 +16,170 @@ import torch
 import zstandard
 from torch import Tensor
 
+from tersor.codec import coders
+from tersor.codec.coders import Shape
+from tersor.codec.errors import Unreadable
+from tersor.codec.exponents import decode_exponents, encode_exponents
 from tersor.errors import ModelError
-from tersor.forms import Form
 from tersor.program.program import DTYPE_NAMES, DTYPES
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Array = np.ndarray[Any, np.dtype[Any]]
+Data = bytes | memoryview
 
-# zstd finds hardly any repeats among codes: what counts is when it starts a new Huffman table. The
-# best block splitter with long matches does that as well as level 19, at ten times its speed;
-# shorter matches win on sparse codes. The smaller of both is kept, for large data by a sample.
-_SETTINGS = tuple(
-    zstandard.ZstdCompressionParameters(
-        window_log=20,
-        hash_log=17,
-        chain_log=17,
-        search_log=search,
-        min_match=match,
-        target_length=999,
-        strategy=strategy,
-        write_content_size=True,
-    )
-    for strategy, match, search in (
-        (zstandard.STRATEGY_BTULTRA2, 7, 2),
-        (zstandard.STRATEGY_BTULTRA, 4, 1),
-    )
-)
+INTEGERS = {
+    torch.bool: np.uint8,
+    torch.uint8: np.uint8,
+    torch.int8: np.int8,
+    torch.int16: np.int16,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+    torch.float8_e4m3fn: np.int8,
+    torch.float8_e5m2: np.int8,
+}
+"""Types whose elements are codes. Floats of one byte are numbers in the order of their values."""
+FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_BYTE_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+MANTISSAS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+CODERS = ("fast", "small", "max")
+MOST_CODE = 2**31 - 1
 
-# Data above the first size is judged by 64 small blocks from all over it, 1 MiB together.
-_LARGE, _BLOCKS, _BLOCK = 2**22, 64, 2**14
+# zstd finds hardly any repeats among floats; a high level pays where there are few of them.
+_LEVEL, _FAST_LEVEL, _SMALL = 19, 3, 2**16
 
 
-class Unreadable(ValueError):
-    """Bytes that no writer makes; the message is a sentence about them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Coding:
-    """What the elements of a chunk have in common.
-
-    bits: of a code (int8, uint8 and bool), 1 to 8; all of an element for wider types
-    """
-
-    dtype: torch.dtype
-    bits: int
-
-    @property
-    def per_byte(self) -> int:
-        """Codes in a byte; 0 for types wider than a byte."""
-        return 8 // self.bits if self.bits <= 8 and _narrow(self.dtype) else 0
-
-    def packed_bytes(self, count: int) -> int:
-        """Bytes of `count` elements before zstd."""
-        if self.per_byte:
-            return -(-count // self.per_byte)
-        return count * self.dtype.itemsize
-
-
-def coding_of(tensor: Tensor, bits: int = 8) -> Coding:
-    """How `tensor` is coded when its elements need `bits`, which only narrow integers heed."""
+def checked_dtype(tensor: Tensor) -> torch.dtype:
+    """Its type. Raises ModelError for one that a file cannot hold."""
     if tensor.dtype not in DTYPE_NAMES:
         raise ModelError(
             f"a tensor of shape {tuple(tensor.shape)} has type {tensor.dtype}, which a file cannot "
             f"hold; convert it to one of {sorted(DTYPES)}"
         )
-    if tensor.dtype is torch.bool:
-        bits = 1
-    narrow = _narrow(tensor.dtype)
-    return Coding(tensor.dtype, min(bits, 8) if narrow else tensor.dtype.itemsize * 8)
+    return tensor.dtype
 
 
-def encode(tensors: Sequence[Tensor], coding: Coding) -> list[bytes]:
-    """The elements of `tensors`, one after another, as one stream or one per byte plane."""
-    if coding.per_byte:
-        return [_squeezed(_fields(_joined(_codes(t, coding.bits) for t in tensors), coding))]
-    elements = _joined(_raw(t) for t in tensors).reshape(-1, coding.dtype.itemsize)
-    if elements.size <= _LARGE:
-        return min(_whole(elements), _planes(elements), key=_total)
-    sample = _sample(elements, coding.dtype.itemsize)
-    better = min(_whole, _planes, key=lambda split: _total(split(sample)))
-    return better(elements)
-
-
-def decode(streams: Sequence[bytes | memoryview], coding: Coding, count: int) -> Tensor:
-    """The inverse of `encode`, flat. Raises Unreadable where lengths disagree."""
-    size = coding.packed_bytes(count)
-    width = 1 if coding.per_byte else coding.dtype.itemsize
-    if len(streams) not in (1, width):
-        raise Unreadable(f"has {len(streams)} streams where 1 or {width} are possible")
-    parts = [_expanded(stream, size // len(streams)) for stream in streams]
-    if coding.per_byte:
-        return _unpacked(parts[0], coding, count)
-    if len(parts) == 1:
-        flat = parts[0].copy()
-    else:
-        flat = np.empty((count, width), np.uint8)
-        for i, plane in enumerate(parts):
-            flat[:, i] = plane
-    return torch.from_numpy(flat.reshape(-1)).view(coding.dtype)
-
-
-def coded_bytes(form: Form) -> int:
-    """Bytes that the tensors of `form` take in a file when each is coded by itself.
-
-    A tensor of more than 4 MiB is judged by a sample; on real weights that is within 1 %.
-    """
-    total = 0
-    for name, bits in form.parts():
-        inner = form._modules.get(f"{name}_form")
-        if isinstance(inner, Form):
-            total += coded_bytes(inner)
-        else:
-            tensor: Tensor = getattr(form, name)
-            total += _coded_bytes(tensor, coding_of(tensor, bits))
-    return total
-
-
-def _coded_bytes(tensor: Tensor, coding: Coding) -> int:
-    count = tensor.numel()
-    if coding.packed_bytes(count) <= _LARGE:
-        return _total(encode([tensor], coding))
-    flat = tensor.detach().reshape(-1)
-    each = _BLOCK * max(1, coding.per_byte) // coding.dtype.itemsize
-    starts = _starts(count, each)
-    sample = torch.cat([flat[start : start + each] for start in starts])
-    return round(_total(encode([sample], coding)) * count / sample.numel())
-
-
-def _narrow(dtype: torch.dtype) -> bool:
-    return dtype in (torch.int8, torch.uint8, torch.bool)
-
-
-def _raw(tensor: Tensor) -> Bytes:
+def elements(tensor: Tensor) -> Array:
+    """Flat: codes as integers, other elements as unsigned integers of their width."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    found: Bytes = flat.view(torch.uint8).numpy()
+    raw = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    found = raw.view(numpy_type(tensor.dtype))
+    return _in_order(found) if tensor.dtype in _BYTE_FLOATS else found
+
+
+def numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
+    """What `elements` gives."""
+    if dtype in INTEGERS:
+        return np.dtype(INTEGERS[dtype])
+    # complex128 is wider than any integer.
+    return np.dtype(f"<u{dtype.itemsize}") if dtype.itemsize <= 8 else np.dtype("V16")
+
+
+def _in_order(bits: Array) -> Array:
+    """Sign and magnitude as a number, which is 0 and up or -1 and down. Undoes itself."""
+    return np.where(bits < 0, bits ^ np.int8(127), bits)
+
+
+def as_tensor(array: Array, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """The inverse of `elements`, mostly without a copy."""
+    array = _in_order(array) if dtype in _BYTE_FLOATS else array
+    raw = (
+        torch.from_numpy(array.view(np.uint8)) if array.size else torch.empty(0, dtype=torch.uint8)
+    )
+    return raw.view(dtype).reshape(tuple(shape))
+
+
+def encode_codes(codes: Sequence[Array], shapes: Sequence[Shape], coder: str) -> bytes:
+    """Matrices of codes (any integers up to 31 bits), one after another."""
+    return coders.encode_group(
+        [c.reshape(s.rows, s.columns) for c, s in zip(codes, shapes, strict=True)],
+        profile=coder,
+        kernels=[shape.kernel for shape in shapes],
+        states=[shape.states for shape in shapes],
+    )
+
+
+def decode_codes(data: Data, shapes: Sequence[Shape], coder: str, dtype: Any) -> list[Array]:
+    """The inverse, flat, as int8, int16 or int32."""
+    try:
+        found = coders.decode_group(data, shapes, profile=coder, dtype=dtype)
+    except ValueError as error:
+        raise Unreadable(str(error)) from None
+    return [matrix.reshape(-1) for matrix in found]
+
+
+def encode_words(
+    words: Array, shape: Shape, coder: str, dtype: torch.dtype, base: Array | None = None
+) -> bytes:
+    """One matrix of words by one coder. base: words that `planes` counts changes from"""
+    match coder:
+        case "floats":
+            matrix = words.reshape(shape.rows, shape.columns)
+            return coders.encode_floats(matrix, kind=FLOATS[dtype])
+        case "exponents":
+            return encode_exponents(words, MANTISSAS[dtype])
+        case "planes":
+            matrix = words.reshape(shape.rows, shape.columns)
+            base = np.zeros(words.size, words.dtype) if base is None else base
+            return coders.encode_delta(matrix, base.reshape(shape.rows, shape.columns))
+        case "zstd":
+            level = _LEVEL if words.nbytes <= _SMALL else _FAST_LEVEL
+            return zstandard.ZstdCompressor(level=level).compress(words.tobytes())
+    return words.tobytes()
+
+
+def decode_words(
+    data: Data, shape: Shape, coder: str, dtype: torch.dtype, base: Array | None = None
+) -> Array:
+    """The inverse, flat."""
+    width, size = numpy_type(dtype), (shape.rows, shape.columns)
+    try:
+        match coder:
+            case "floats":
+                return coders.decode_floats(data, size, kind=FLOATS[dtype]).reshape(-1)
+            case "exponents":
+                return decode_exponents(data, shape.size, width, MANTISSAS[dtype])
+            case "planes":
+                base = np.zeros(shape.size, width) if base is None else base
+                return coders.decode_delta(data, base.reshape(size)).reshape(-1)
+            case "zstd":
+                return np.frombuffer(bytearray(expand(data, shape.size * width.itemsize)), width)
+    except ValueError as error:
+        raise Unreadable(str(error)) from None
+    if len(data) != shape.size * width.itemsize:
+        raise Unreadable(
+            f"holds {len(data)} bytes where its tensors need {shape.size * width.itemsize}"
+        )
+    return np.frombuffer(data, width).copy()
+
+
+def word_coders(dtype: torch.dtype, *, adaptive: bool = True) -> list[str]:
+    """Those that can hold a type. adaptive: with those that take long for many"""
+    found = ["zstd", "raw"]
+    if numpy_type(dtype).kind == "u":
+        found.insert(0, "planes")
+    if dtype in FLOATS:
+        found[:0] = ["exponents", "floats"] if adaptive else ["floats"]
     return found
 
 
-def _joined(arrays: Iterable[Bytes]) -> Bytes:
-    found = list(arrays)
-    return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.uint8)])
+def as_one_row(shapes: Sequence[Shape], *, words: bool = False) -> list[Shape]:
+    """Vectors are coded as one long one, so that each starts where the one before has led.
+
+    words: of matrices too, for words are coded as one matrix
+    """
+    if len(shapes) > 1 and (words or all(s.rows == 1 and s.states == 1 for s in shapes)):
+        return [Shape(1, sum(shape.size for shape in shapes))]
+    return list(shapes)
 
 
-def _codes(tensor: Tensor, bits: int) -> Bytes:
-    """Codes as whole numbers from 0; those of int8 start at -2**(bits - 1)."""
-    codes = _raw(tensor)
-    if tensor.dtype is torch.int8:
-        codes = codes + np.uint8(2 ** (bits - 1))
-    if bits < 8 and codes.size and int(codes.max()) >> bits:
-        raise ModelError(
-            f"a tensor of shape {tuple(tensor.shape)} holds codes that do not fit {bits} bits; "
-            "encode the weight again"
-        )
-    return codes
-
-
-def _fields(codes: Bytes, coding: Coding) -> Bytes:
-    each = coding.per_byte
-    if each == 1:
-        return codes
-    short = -codes.size % each
-    if short:
-        codes = np.concatenate([codes, np.zeros(short, np.uint8)])
-    columns = codes.reshape(-1, each)
-    packed = columns[:, 0].copy()
-    for i in range(1, each):
-        packed |= columns[:, i] << np.uint8(coding.bits * i)
-    return packed
-
-
-def _unpacked(packed: Bytes, coding: Coding, count: int) -> Tensor:
-    bits, each = coding.bits, coding.per_byte
-    if bits * each < 8 and packed.size and int(packed.max()) >> (bits * each):
-        raise Unreadable(f"holds codes that do not fit {bits} bits")
-    codes = np.empty((packed.size, each), np.uint8)
-    for i in range(each):
-        codes[:, i] = (packed >> np.uint8(bits * i)) & np.uint8(2**bits - 1)
-    flat = codes.reshape(-1)
-    if flat[count:].any():
-        raise Unreadable("has codes after its last one")
-    flat = flat[:count]
-    if coding.dtype is torch.int8:
-        flat -= np.uint8(2 ** (bits - 1))
-    return torch.from_numpy(flat).view(coding.dtype)
-
-
-def _whole(elements: Bytes) -> list[bytes]:
-    return [_squeezed(elements)]
-
-
-def _planes(elements: Bytes) -> list[bytes]:
-    return [_squeezed(np.ascontiguousarray(elements[:, i])) for i in range(elements.shape[1])]
-
-
-def _total(streams: Sequence[bytes]) -> int:
-    return sum(map(len, streams))
-
-
-def _squeezed(array: Bytes) -> bytes:
-    """The bytes through zstd, or as they are where that is no smaller."""
-    if array.size <= _LARGE:
-        return min((coder(array) for coder in _CODERS), key=len)
-    sample = _sample(array.reshape(-1, 1), 1)
-    smallest = min(_CODERS, key=lambda coder: len(coder(sample)))
-    return min(smallest(array), bytes(array), key=len)
-
-
-def _with(settings: zstandard.ZstdCompressionParameters) -> Callable[[Bytes], bytes]:
-    def compress(array: Bytes) -> bytes:
-        return zstandard.ZstdCompressor(compression_params=settings).compress(array.data)
-
-    return compress
-
-
-_CODERS: tuple[Callable[[Bytes], bytes], ...] = (bytes, *map(_with, _SETTINGS))
-
-
-def _sample(elements: Bytes, width: int) -> Bytes:
-    """Blocks of (elements, width), evenly spaced."""
-    each = _BLOCK // width
-    starts = _starts(len(elements), each)
-    return np.concatenate([elements[start : start + each] for start in starts])
-
-
-def _starts(count: int, each: int) -> list[int]:
-    return [i * (count - each) // (_BLOCKS - 1) for i in range(_BLOCKS)]
-
-
-def _expanded(stream: bytes | memoryview, size: int) -> Bytes:
-    if len(stream) == size:
-        return np.frombuffer(stream, np.uint8)
-    return np.frombuffer(expand(stream, size), np.uint8)
-
-
-def expand(stream: bytes | memoryview, size: int) -> bytes:
+def expand(
+    stream: Data, size: int, vocabulary: zstandard.ZstdCompressionDict | None = None
+) -> bytes:
     """Undoes zstd where the frame itself says that it holds `size` bytes."""
     try:
         stated = zstandard.frame_content_size(stream)
         if stated != size:
             raise Unreadable(f"holds {stated} bytes where its tensors need {size}")
-        return zstandard.ZstdDecompressor().decompress(
+        return zstandard.ZstdDecompressor(dict_data=vocabulary).decompress(
             stream, max_output_size=size, allow_extra_data=False
         )
     except zstandard.ZstdError as error:

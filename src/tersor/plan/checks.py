@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tersor.codec import check_profile
 from tersor.errors import BudgetError, ModelError, OptionError, TaskError
 from tersor.export import require
 from tersor.methods.run import check
@@ -17,7 +18,14 @@ from tersor.task import Task
 
 
 def check_job(
-    model: nn.Module, task: Task | None, budget: Budget, *, example: Any, recipe: Any, seed: int
+    model: nn.Module,
+    task: Task | None,
+    budget: Budget,
+    *,
+    example: Any,
+    recipe: Any,
+    profile: str,
+    seed: int,
 ) -> None:
     """Raises an error for a model, a task, a budget or a recipe that cannot be used together."""
     if not isinstance(model, nn.Module):
@@ -31,6 +39,7 @@ def check_job(
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise OptionError(f"seed={seed!r} must be a whole number, 0 or more")
+    check_profile(profile)
     check_finite(model)
     _check_budget(budget, task)
     if budget.target is not None:

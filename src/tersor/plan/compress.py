@@ -57,6 +57,7 @@ def compress(
     run: str | Path | None = None,
     example: Any = None,
     recipe: Recipe | list[dict[str, Any]] | None = None,
+    profile: str = "small",
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
@@ -69,6 +70,7 @@ def compress(
         default runs/<model>-<hash of the job>
     example: inputs to trace the model with when there is no task
     recipe: steps to apply instead of searching for them
+    profile: how the file is coded, as in `save`: "fast", "small" or "max"
     seed: of the bootstrap intervals; recorded in the file
 
     Raises BudgetError when the budget cannot be met (saying how near it came and which limit
@@ -77,7 +79,7 @@ def compress(
     limits = Budget.of(budget)
     steps = recipe.as_json() if isinstance(recipe, Recipe) else recipe
     # Before the folder is made: what cannot be used leaves nothing behind.
-    check_job(model, task, limits, example=example, recipe=steps, seed=seed)
+    check_job(model, task, limits, example=example, recipe=steps, profile=profile, seed=seed)
     original = plain_copy(model)
     job = {
         "tersor": VERSION,
@@ -85,11 +87,12 @@ def compress(
         "task": task.fingerprint() if task else None,
         "budget": limits.as_json(),
         "recipe": steps,
+        "profile": profile,
         "seed": seed,
     }
     place = run or _default_folder(original, job)
     with run_folder(place, job) as (folder, journal), Bar(enabled=progress) as bar:
-        bench = _bench(original, task, example, limits, folder, journal, seed, bar)
+        bench = _bench(original, task, example, limits, folder, journal, profile, seed, bar)
         return _finish(bench, steps)
 
 
@@ -100,11 +103,12 @@ def _bench(
     budget: Budget,
     folder: RunFolder,
     journal: Journal,
+    profile: str,
     seed: int,
     bar: Bar,
 ) -> Bench:
     found = study(model, task, task.example() if task and example is None else example, journal)
-    bench = Bench(found, folder, budget, seed, bar)
+    bench = Bench(found, folder, budget, profile, seed, bar)
     if task is not None and task.has_test:
         bar.doing("measuring the original")
         found.before = journal.recall(

@@ -51,6 +51,7 @@ class Bench:
     study: Study
     folder: RunFolder
     budget: Budget
+    profile: str
     seed: int
     bar: Bar
     program: Any = None
@@ -94,7 +95,7 @@ class Bench:
 
     def _trial_key(self, recipe: list[dict[str, Any]]) -> dict[str, Any]:
         """All that the bytes of a trial's file depend on."""
-        settings = {"budget": str(self.budget), "seed": self.seed}
+        settings = {"budget": str(self.budget), "profile": self.profile, "seed": self.seed}
         return {**self.study.key, **settings, "recipe": recipe}
 
     def reload(self, path: Path, recipe: list[dict[str, Any]]) -> nn.Module:
@@ -128,6 +129,7 @@ class Bench:
             graph=self.program if self.traceable else False,
             metrics=metrics,
             provenance=provenance,
+            profile=self.profile,
         )
 
     def trace(self) -> None:

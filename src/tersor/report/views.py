@@ -133,9 +133,9 @@ def of_header(header: Header) -> Data:
 def _form(entry: Entry, header: Header) -> str:
     """ "affine, 4 bits" or the type of a plain tensor."""
     if not isinstance(entry.tensor, Formed):
-        return str(header.coding(entry.tensor).dtype).removeprefix("torch.")
+        return str(header.dtype(entry.tensor)).removeprefix("torch.")
     bits = entry.tensor.config.get("bits") or min(
-        (header.coding(leaf).bits for leaf in leaves(entry.tensor)), default=0
+        (8 * header.dtype(leaf).itemsize for leaf in leaves(entry.tensor)), default=0
     )
     return f"{entry.tensor.form}, {bits} bits"
 
