@@ -24,6 +24,7 @@ from tersor.measure.curvature import Curvature, curvature
 from tersor.methods import rates
 from tersor.methods.search import Terms, search
 from tersor.methods.sparse import sparse_form
+from tersor.surgery.hold import bake
 from tersor.surgery.walk import Site
 from tersor.task import Task
 
@@ -179,6 +180,8 @@ def _sides(moments: Tensor | None, groups: int, size: int, damping: float) -> li
 
 
 def _weight(site: Site) -> Weight:
+    for layer, attribute in site.uses:
+        bake(layer, attribute)
     form, matrix = site.form, rows(site.weight.float(), site.axis).cpu()
     if form is not None and sparse_form(form) is not form:
         raise OptionError(
