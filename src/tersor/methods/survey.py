@@ -24,7 +24,7 @@ from tersor.measure.curvature import Curvature, curvature
 from tersor.methods import rates
 from tersor.methods.search import Terms, search
 from tersor.methods.sparse import sparse_form
-from tersor.surgery.hold import bake
+from tersor.surgery.hold import bake, release
 from tersor.surgery.walk import Site
 from tersor.task import Task
 
@@ -190,6 +190,11 @@ def _weight(site: Site) -> Weight:
         )
     found = np.ascontiguousarray(matrix.numpy())
     zeros = None if form is None else (found == 0).astype(np.uint8)
+    if form is not None:
+        # Curvature is that of a plain parameter.
+        plain: nn.Parameter | None = None
+        for layer, attribute in site.uses:
+            plain = release(layer, attribute, plain)
     return Weight(site, found, effects(found.shape, Curvature(0.0)), zeros)
 
 
