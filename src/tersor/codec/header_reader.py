@@ -137,6 +137,7 @@ def check_name(name: Any) -> None:
 
 
 def is_name(name: Any) -> bool:
+    """Whether a tensor may be called that."""
     fits = isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable()
     return fits and all(name.split("."))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-import numpy as np
 from torch import Tensor
 
 from tersor.codec.chunks import THREADS, read_leaves

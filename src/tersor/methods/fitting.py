@@ -71,9 +71,7 @@ def rounded_tables(weights: Sequence[Weight], step: float, states: int) -> tuple
     found = []
     for weight in weights:
         levels = weight.matrix / np.float32(step * weight.step)
-        found.append(
-            (np.rint(levels / spacing).astype(np.int32), rates.classes_of(levels, states))
-        )
+        found.append((np.rint(levels / spacing).astype(np.int32), rates.classes_of(levels, states)))
     counts = rates.count(found, 1)
     taken = rates.estimate(found, counts)
     counts[1::2] = counts[::2]
@@ -87,9 +85,9 @@ def _first_guess(weights: Sequence[Weight], bits: float, states: int) -> tuple[f
     size = sum(sample.matrix.size for sample in samples)
     largest = max(float(np.abs(sample.matrix).max()) / sample.step for sample in samples)
     low, high = np.log(max(largest, 1e-30)) - 16, np.log(max(largest, 1e-30))
+    tables = np.zeros((0, 0), np.float32)
     for _ in range(12):
         middle = (low + high) / 2
-        taken = rounded_tables(samples, np.exp(middle), states)[1]
+        tables, taken = rounded_tables(samples, float(np.exp(middle)), states)
         low, high = (middle, high) if taken > bits * size else (low, middle)
-    step = float(np.exp(high))
-    return step, rounded_tables(samples, step, states)[0]
+    return float(np.exp(high)), tables

@@ -145,6 +145,17 @@ def survey(
     return found
 
 
+def plain_weight(name: str, matrix: Tensor, step: float = 1.0) -> Weight:
+    """A weight of no model, (outputs, inputs), of which nothing is known but its values."""
+    found = np.ascontiguousarray(matrix.float().cpu().numpy())
+    return Weight(Site(name, "", 0, ()), found, effects(found.shape, Curvature(0.0)), step=step)
+
+
+def blind_step(rms: float, size: int) -> float:
+    """Step of a weight without data, relative to those of others. size: its elements"""
+    return math.sqrt((rms or 1.0) * math.sqrt(size))
+
+
 def effects(shape: tuple[int, ...], curve: Curvature) -> list[tuple[Effect, Effect]]:
     """Of each group, along the inputs and across the outputs of a weight (outputs, inputs)."""
     known = next((len(m) for m in (curve.inputs, curve.outputs) if m is not None), 1)
