@@ -74,7 +74,10 @@ class Shard:
         if stored.start % dtype.itemsize:
             # Old writers did not align tensors, and torch cannot look at such as they lie.
             raw = np.array(raw)
-        shape = stored.shape if stored.kind in TYPES or stored.kind in _STAND_INS else (raw.size,)
+        known = stored.kind in TYPES or stored.kind in _STAND_INS
+        shape = stored.shape if known else (raw.size,)
+        if not raw.size:
+            return torch.empty(shape, dtype=dtype)
         return torch.from_numpy(raw).view(dtype).reshape(shape)
 
 

@@ -8,7 +8,7 @@ from tersor.codec.remote import Http
 from tersor.codec.runs import check_profile
 from tersor.codec.sizes import coded_bytes
 from tersor.codec.source import Ranges
-from tersor.codec.stream import read_parts, stream
+from tersor.codec.streaming import read_parts, stream
 
 __all__ = [
     "Header",

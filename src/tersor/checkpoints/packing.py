@@ -184,6 +184,7 @@ def _items(
             "has none that is finite; pack it without loss"
         )
     told.doing("quantizing")
+    told.advance(sum(sizes.values()) - sum(sizes[matrix.name] for matrix in matrices))
     quantizer = Quantizer(matrices, bits, folder, steps)
     for matrix in matrices:
         form = quantizer.form(matrix)
@@ -223,9 +224,12 @@ def _compared(name: str, found: Tensor | Form, meant: Tensor | Form, held: Held)
     if not isinstance(found, Form):
         return _Error()
     of_errors = of_values = 0.0
-    for piece, original in zip(decoded_pieces(found), decoded_pieces(held.tensor()), strict=True):
-        of_errors += float((piece.double() - original.double()).square().sum())
-        of_values += float(original.double().square().sum())
+    original, start = held.tensor().reshape(-1), 0
+    for piece in decoded_pieces(found):
+        true = original[start : start + piece.numel()].double()
+        of_errors += float((piece.double() - true).square().sum())
+        of_values += float(true.square().sum())
+        start += piece.numel()
     return _Error(True, of_errors, of_values)
 
 
