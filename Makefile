@@ -9,9 +9,10 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-STREAMS ?= 250000
+# Of the fuzzer's random numbers.
+SEED ?= 0
 
-.PHONY: help demo test test-slow fuzz check bench docs help-page format clean
+.PHONY: help demo test test-slow fuzz fuzz-short check bench docs help-page format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -26,11 +27,15 @@ test: .venv/dev.stamp  ## run the tests (a few minutes)
 test-slow: .venv/dev.stamp  ## run the long tests
 	$(BIN)/python -m pytest -m slow
 
-fuzz:  ## give the compiled decoders mutated streams, with AddressSanitizer and UBSan (STREAMS=...)
+fuzz: build/fuzz  ## give the decoders mutated streams for ten minutes, with sanitizers
+	build/fuzz 600 $(SEED)
+
+fuzz-short: build/fuzz  ## the same for one minute
+	build/fuzz 60 $(SEED)
+
+build/fuzz: native/fuzz/fuzz.cpp $(wildcard native/src/*.hpp)
 	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
-		-Inative/src native/fuzz/fuzz.cpp -o build/fuzz
-	build/fuzz $(STREAMS)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Inative/src $< -o $@
 
 check: .venv/dev.stamp  ## format, lint, types, import floors, help page, code in the docs
 	$(BIN)/ruff format --check

@@ -7,46 +7,19 @@
 
 namespace tersor {
 
-constexpr int kLimit = 254;  // counts stop here
-constexpr uint32_t kLeast = 32, kMost = (1u << 15) - kLeast;
-
-// Steps towards what was seen, of 65536: 1/2, 1/3, 1/4, ... down to 2^-least.
-struct Rates {
-  int32_t fast[kLimit + 1];
-  int32_t slow[kLimit + 1];
-
-  constexpr Rates() : fast(), slow() {
-    for (int n = 0; n <= kLimit; ++n) {
-      int step = 65536 / (n + 2);
-      fast[n] = step > (65536 >> 6) ? step : 65536 >> 6;
-      slow[n] = step > (65536 >> 8) ? step : 65536 >> 8;
-    }
-  }
-};
-
-inline constexpr Rates kRates{};
-
-// Two estimates of the probability of a one, of 65536: one forgets fast, one slowly.
+// The probability of a one, of 65536: 1 to 65534. Each bit seen moves it towards that bit by `rate`
+// of 65536, which falls from 1/2 to 1/181.
 struct Probability {
-  uint16_t fast = 32768;
-  uint16_t slow = 32768;
-  uint16_t count = 0;
-
-  int value() const { return (fast + slow) >> 1; }
+  uint16_t value = 32768;
+  uint16_t rate = 32768;
 
   void update(int bit) {
-    int32_t target = -bit & 65535;
-    fast = static_cast<uint16_t>(fast + (((target - fast) * kRates.fast[count]) >> 16));
-    slow = static_cast<uint16_t>(slow + (((target - slow) * kRates.slow[count]) >> 16));
-    count += count < kLimit;
+    uint32_t flip = bit ? 65535 : 0, gap = value ^ flip;
+    gap -= (gap * rate) >> 16;
+    value = static_cast<uint16_t>(gap ^ flip);
+    rate = static_cast<uint16_t>(rate - ((uint32_t{rate} * rate) >> 17));
   }
 };
-
-// A probability of 65536 as one of 32768 that the range coder accepts.
-inline uint32_t codable(int value) {
-  uint32_t p = static_cast<uint32_t>(value) >> 1;
-  return p < kLeast ? kLeast : p > kMost ? kMost : p;
-}
 
 // squash(x) = 65536 / (1 + exp(-x / 256)), stretch its inverse; |x| <= 2047.
 struct Logistic {

@@ -45,41 +45,36 @@ nb::bytes as_bytes(const Bytes& bytes) {
   return nb::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
-template <template <class> class Model>
-Bytes encode_with(int32_t* codes, const std::vector<Shape>& shapes) {
+template <class Model, class Value>
+Bytes encode_with(const Value* codes, const std::vector<Shape>& shapes) {
   RangeEncoder range;
-  auto model = std::make_unique<Model<RangeEncoder>>(range);
-  for (Shape shape : shapes) {
-    code_matrix<RangeEncoder>(*model, codes, shape);
-    codes += shape.size();
-  }
+  auto model = std::make_unique<Model>();
+  // The encoder only reads them.
+  code_matrices(range, *model, const_cast<Value*>(codes), shapes);
   return range.finish();
 }
 
-template <template <class> class Model>
-void decode_with(Span data, int32_t* codes, const std::vector<Shape>& shapes) {
+template <class Model, class Value>
+void decode_with(Span data, Value* codes, const std::vector<Shape>& shapes) {
   RangeDecoder range(data);
-  auto model = std::make_unique<Model<RangeDecoder>>(range);
-  for (Shape shape : shapes) {
-    code_matrix<RangeDecoder>(*model, codes, shape);
-    codes += shape.size();
-  }
+  auto model = std::make_unique<Model>();
+  code_matrices(range, *model, codes, shapes);
   range.finish();
 }
 
 nb::bytes adaptive_encode(const Flat<int32_t>& codes, const Shapes& shapes, bool mixed) {
   auto checked = checked_shapes(shapes, codes.size());
-  // The encoder only reads them.
-  auto* data = const_cast<int32_t*>(codes.data());
   Bytes out;
   {
     nb::gil_scoped_release free;
-    out = mixed ? encode_with<Mixed>(data, checked) : encode_with<Small>(data, checked);
+    out = mixed ? encode_with<Mixed>(codes.data(), checked)
+                : encode_with<Small>(codes.data(), checked);
   }
   return as_bytes(out);
 }
 
-void adaptive_decode(const Flat<uint8_t>& data, const Shapes& shapes, const Output<int32_t>& codes,
+template <class Value>
+void adaptive_decode(const Flat<uint8_t>& data, const Shapes& shapes, const Output<Value>& codes,
                      bool mixed) {
   auto checked = checked_shapes(shapes, codes.size());
   Span span{data.data(), data.size()};
@@ -163,20 +158,30 @@ void search(const Table<float>& levels, const Table<float>& feedback, const Flat
   search_rows(task, codes.data(), costs.data(), threads);
 }
 
-template <class Element>
-void join(const Flat<int8_t>& exponents, const Flat<uint8_t>& rest, const Output<Element>& out,
-          int center) {
-  if (exponents.size() != out.size() || rest.size() != out.size() * (sizeof(Element) - 1)) {
+template <class Float>
+void decode_floats(const Flat<uint8_t>& data, const Shapes& shapes, const Flat<uint8_t>& rest,
+                   int center, const Output<typename Float::Bits>& out) {
+  auto checked = checked_shapes(shapes, out.size());
+  if (out.size() == 0 || rest.size() != out.size() * (sizeof(typename Float::Bits) - 1)) {
     throw std::invalid_argument("sizes differ");
   }
   nb::gil_scoped_release free;
-  join_floats<Element>(exponents.data(), rest.data(), out.data(), out.size(), center);
+  floats_decode<Float>({data.data(), data.size()}, checked, rest.data(), center, out.data(),
+                       out.size());
 }
 
+// For tests: all paths must give the same bytes.
+bool use_wide(bool used) { return wide().exchange(used && has_avx2()); }
+
 NB_MODULE(_native, module) {
+  module.def("use_wide", use_wide, "used"_a);
   module.def("adaptive_encode", adaptive_encode, "codes"_a, "shapes"_a, "mixed"_a);
-  module.def("adaptive_decode", adaptive_decode, "data"_a, "shapes"_a, "codes"_a.noconvert(),
-             "mixed"_a);
+  module.def("adaptive_decode", adaptive_decode<int8_t>, "data"_a, "shapes"_a,
+             "codes"_a.noconvert(), "mixed"_a);
+  module.def("adaptive_decode", adaptive_decode<int16_t>, "data"_a, "shapes"_a,
+             "codes"_a.noconvert(), "mixed"_a);
+  module.def("adaptive_decode", adaptive_decode<int32_t>, "data"_a, "shapes"_a,
+             "codes"_a.noconvert(), "mixed"_a);
   module.def("rans_encode", encode_rans, "symbols"_a, "tables"_a, "frequency"_a, "table_bits"_a);
   module.def("fast_decode", decode_fast<int8_t>, "data"_a, "shapes"_a, "codes"_a.noconvert());
   module.def("fast_decode", decode_fast<int16_t>, "data"_a, "shapes"_a, "codes"_a.noconvert());
@@ -189,10 +194,12 @@ NB_MODULE(_native, module) {
              "row_weights"_a, "classes"_a, "bits"_a,
              "zeros"_a, "trellis"_a, "rate"_a, "codes"_a.noconvert(), "costs"_a.noconvert(),
              "threads"_a);
-  module.def("join_floats", join<uint16_t>, "exponents"_a, "rest"_a, "out"_a.noconvert(),
-             "center"_a);
-  module.def("join_floats", join<uint32_t>, "exponents"_a, "rest"_a, "out"_a.noconvert(),
-             "center"_a);
+  module.def("bfloat16_decode", decode_floats<Bfloat16>, "data"_a, "shapes"_a,
+             "rest"_a, "center"_a, "out"_a.noconvert());
+  module.def("float32_decode", decode_floats<Float32>, "data"_a, "shapes"_a,
+             "rest"_a, "center"_a, "out"_a.noconvert());
+  module.def("float16_decode", decode_floats<Float16>, "data"_a, "shapes"_a,
+             "rest"_a, "center"_a, "out"_a.noconvert());
 }
 
 }  // namespace

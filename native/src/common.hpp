@@ -4,7 +4,19 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <memory>
 #include <vector>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define TERSOR_INLINE __attribute__((always_inline)) inline
+#else
+#define TERSOR_INLINE inline
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#define TERSOR_EVEN_ODDS(condition) __builtin_expect_with_probability(condition, 1, 0.5)
+#else
+#define TERSOR_EVEN_ODDS(condition) (condition)
+#endif
 
 namespace tersor {
 

@@ -53,14 +53,13 @@ void huffman_decode(Span data, Value* out, size_t count) {
     return;
   }
   Reader reader(data);
-  RangeDecoder range(reader.part());
-  auto side = std::make_unique<SideDecoder>(range);
-  auto header = side_row(*side, 2);
+  SideDecoder side(reader.part());
+  auto header = side_row(side, 2);
   int symbols = checked(header[0], 0, kMostSymbols - 1, "holds too many symbols") + 1;
   bool escapes = checked(header[1], 0, 1, "holds an unknown flag");
-  auto lengths = side_row(*side, symbols);
+  auto lengths = side_row(side, symbols);
   for (int32_t length : lengths) checked(length, 0, kMostLength, "has a code too long");
-  range.finish();
+  side.finish();
   Span escaped = reader.part();
   if (!escapes && escaped.size) throw Malformed("holds escaped codes without need");
   auto codes = canonical(lengths);

@@ -23,6 +23,21 @@ inline int level(int magnitude, int resolution, int most) {
 // Of a weight in half steps, as rows are kept.
 inline int magnitude(int halves) { return (halves < 0 ? -halves : halves) * (kUnit / 2); }
 
+// A running mean of magnitudes, with four more bits.
+class Mean {
+ public:
+  Mean() : Mean(kStart) {}
+  explicit Mean(int value) : sum_(value * 16) {}
+
+  int now() const { return sum_ >> 4; }
+
+  // `rate` of 256.
+  void add(int value, int rate) { sum_ += ((value * 16 - sum_) * rate) >> 8; }
+
+ private:
+  int sum_;
+};
+
 // What a trellis of `states` adds to a halved state whose lowest bit is set, and for an odd code.
 struct Trellis {
   uint32_t states, carried, fed;
@@ -39,121 +54,159 @@ inline Trellis trellis_of(uint32_t states) {
   throw std::invalid_argument("a trellis has 1, 4, 8, 16, 32 or 64 states");
 }
 
-class Neighbours {
+// The arrays that a walk over a matrix needs, apart from its numbers: these stay in registers.
+class Surroundings {
  public:
-  explicit Neighbours(Shape shape)
-      : columns_(shape.columns),
-        kernel_(std::max(1u, shape.kernel)),
-        width_(kernel_ == 9 ? 3 : kernel_ == 25 ? 5 : kernel_ == 49 ? 7 : 0),
-        pad_(2 * kernel_ + 4),
-        trellis_(trellis_of(shape.states)),
-        column_(shape.columns, 0),
-        channel_(kernel_, kStart),
-        sides_(kernel_, 0) {
-    for (int i = 0; width_ && i < width_ * width_; ++i) {
-      bool beside = i % width_ > 0, below = i >= width_;
-      sides_[i] = static_cast<uint8_t>((beside ? kLeft : 0) | (below ? kUp : 0) |
-                                       (beside && below ? kDiagonal : 0) |
-                                       (below && i % width_ < width_ - 1 ? kOther : 0) |
-                                       (i >= 2 * width_ ? kUpper : 0));
+  explicit Surroundings(Shape shape)
+      : pad(2 * shape.kernel + 4),
+        rows{std::vector<int16_t>(size_t{shape.columns} + pad + 1, 0), {}},
+        columns(shape.columns),
+        sides(shape.kernel, 0) {
+    rows[1] = rows[0];
+    int width = width_of(shape.kernel);
+    for (int i = 0; i < width * width; ++i) {
+      bool beside = i % width > 0, below = i >= width;
+      sides[i] = static_cast<uint8_t>((beside ? kLeft : 0) | (below ? kUp : 0) |
+                                      (beside && below ? kDiagonal : 0) |
+                                      (below && i % width < width - 1 ? kOther : 0) |
+                                      (i >= 2 * width ? kUpper : 0));
     }
-    for (auto& row : rows_) row.assign(size_t{columns_} + pad_ + 1, 0);
   }
 
-  void start_row(uint32_t row) {
-    row_ = row;
-    std::rotate(rows_, rows_ + 2, rows_ + 3);
-    std::fill(rows_[0].begin(), rows_[0].end(), 0);
-    near_ = far_;
-    std::fill(channel_.begin(), channel_.end(), near_);
+  static int width_of(uint32_t kernel) {
+    return kernel == 9 ? 3 : kernel == 25 ? 5 : kernel == 49 ? 7 : 0;
+  }
+
+  enum : uint8_t { kLeft = 1, kUp = 2, kDiagonal = 4, kOther = 8, kUpper = 16 };
+  struct Column {
+    Mean seen, missed;
+  };
+
+  uint32_t pad;
+  std::vector<int16_t> rows[2];
+  std::vector<Column> columns;
+  std::vector<uint8_t> sides;  // which neighbours lie in the same kernel
+};
+
+// kSpatial: kernels of more than one column; kMisses: follows how far predictions miss.
+template <bool kSpatial, bool kMisses>
+class Neighbours {
+ public:
+  static constexpr bool spatial = kSpatial;
+
+  Neighbours(Surroundings& around, Shape shape)
+      : kernel_(static_cast<int>(shape.kernel)),
+        width_(Surroundings::width_of(shape.kernel)),
+        pad_(around.pad),
+        trellis_(trellis_of(shape.states)),
+        columns_(around.columns.data()),
+        sides_(around.sides.data()) {}
+
+  // Moves before a row, all rows above being known.
+  void start_row(uint32_t row, Surroundings& around) {
+    first_row_ = row == 0;
+    early_ = static_cast<int>(256 / (row + 2));
+    around.rows[0].swap(around.rows[1]);
+    std::fill(around.rows[0].begin(), around.rows[0].end(), int16_t{0});
+    row_ = around.rows[0].data() + pad_;
+    above_ = around.rows[1].data() + pad_;
     state_ = 0;
     odd = 0;
   }
 
   // Moves to a column of the row, all columns before it being known.
-  void look(uint32_t column) {
-    looked_ = column;
-    at_ = pad_ + column;
-    position = column && static_cast<uint32_t>(position) + 1 < kernel_ ? position + 1 : 0;
-    previous = column ? magnitude(here(1)) : near_;
-    before = column > 1 ? magnitude(here(2)) : near_;
-    int sides = kernel_ > 1 ? sides_[position] : column ? kLeft : 0;
-    left = sides & kLeft ? here(1) : 0;
-    up = sides & kUp ? here(width_) : 0;
-    diagonal = sides & kDiagonal ? here(width_ + 1) : 0;
-    other = sides & kOther ? here(width_ - 1) : 0;
-    int upper = sides & kUpper ? here(2 * width_) : 0;
-    lean = 4 * left + 4 * up - 2 * diagonal - upper;
-    upward = sides & kUp ? magnitude(up) : previous;
-    of_row = near_;
-    of_rows = far_;
-    of_column = row_ ? column_[column] : near_;
-    of_channel = spatial() ? channel_[position] : of_column;
-    expected = spatial() ? (2 * of_row + 5 * of_column + 3 * previous + before + of_channel +
-                            4 * upward) >> 4
-                         : (6 * of_rows + 8 * of_column + previous + before) >> 4;
+  void look(uint32_t at) {
+    column = at;
+    if (kSpatial) position = column && position + 1 < kernel_ ? position + 1 : 0;
+    auto& means = columns_[column];
+    if (first_row_) means = {row_mean_, missed_};
+    of_row = row_mean_.now();
+    of_column = means.seen.now();
+    if (kMisses) {
+      missed_row = missed_.now();
+      missed_column = means.missed.now();
+    }
+    previous = column ? magnitude(here(1)) : of_row;
+    if (kSpatial) {
+      recent = recent_.now();
+      look_around();
+      expected = (9 * of_row + 9 * of_column + 6 * previous + 7 * upward) >> 5;
+    } else {
+      recent = of_row;
+      upward = previous;
+      expected = (15 * of_row + 12 * of_column + magnitude(above(0))) >> 4;
+    }
     shift = std::max(0, floor_log2(static_cast<uint32_t>(expected) / kUnit) - 1);
   }
 
-  // Adds the code at the column looked at.
-  void add(int32_t code) {
-    uint32_t column = looked_;
+  // Adds the code at the column looked at, whose weight was predicted in units of magnitudes.
+  void add(int32_t code, int predicted) {
     // The weight that the code stands for: k, or with `odd` half a step nearer to zero.
-    int halves = 2 * clamp(code, -kCap, kCap);
-    if (odd) halves += (code < 0) - (code > 0);
+    halves = 2 * clamp(code, -kCap, kCap);
+    halves += odd * ((code < 0) - (code > 0));
     int seen = magnitude(halves);
-    rows_[0][at_] = static_cast<int16_t>(halves);
-    uint32_t fed = code & 1 ? trellis_.fed : 0;
-    state_ = state_ >> 1 ^ (odd ? trellis_.carried : 0) ^ fed;
+    row_[column] = static_cast<int16_t>(halves);
+    uint32_t carried = trellis_.carried & (0 - (state_ & 1));
+    uint32_t fed = trellis_.fed & (0 - (static_cast<uint32_t>(code) & 1));
+    state_ = state_ >> 1 ^ carried ^ fed;
     odd = static_cast<int>(state_ & 1);
-    near_ += ((seen - near_) * 26) >> 8;
-    far_ += ((seen - far_) * 8) >> 8;
-    int rate = spatial() ? 24 : 8;
-    if (row_ == 0) {
-      column_[column] = (of_column + seen) >> 1;
-    } else {
-      rate = std::max(rate, static_cast<int>(256 / (row_ + 1)));
-      column_[column] += ((seen - of_column) * rate) >> 8;
+    auto& means = columns_[column];
+    row_mean_.add(seen, 6);
+    means.seen.add(seen, std::max(early_, 6));
+    if (kSpatial) recent_.add(seen, 120);
+    if (kMisses) {
+      int gap = halves * (kUnit / 2) - predicted;
+      int missed = std::min(gap < 0 ? -gap : gap, 2 * kCap * kUnit);
+      missed_.add(missed, 13);
+      means.missed.add(missed, std::max(early_, 4));
     }
-    int& channel = channel_[position];
-    channel += ((seen - channel) * 40) >> 8;
   }
 
-  bool spatial() const { return kernel_ > 1; }
-  int column() const { return static_cast<int>(looked_); }
-  int kernel() const { return static_cast<int>(kernel_); }
+  // Clamped weights in half steps: `back` columns before in this row, or in the row above.
+  int here(int back) const { return row_[static_cast<ptrdiff_t>(column) - back]; }
+  int above(int right) const { return above_[static_cast<ptrdiff_t>(column) + right]; }
 
-  // Clamped weights in half steps: `back` columns before in this row, or around the same column in rows above.
-  int here(uint32_t back) const { return rows_[0][at_ - back]; }
-  int above(int right = 0) const { return rows_[1][at_ + right]; }
-  int two_above() const { return rows_[2][at_]; }
+  // Of the magnitude expected, for `relative`.
+  uint32_t inverse() const { return (1u << 20) / (static_cast<uint32_t>(expected) + kUnit); }
 
-  // A sum of weights against the magnitude expected, times `scale`, at most `most` either way.
-  int relative(int sum, int scale, int most) const {
-    uint32_t inverse = (1u << 20) / (static_cast<uint32_t>(expected) + kUnit);
-    uint64_t size = static_cast<uint64_t>(sum < 0 ? -sum : sum) * static_cast<uint64_t>(scale);
-    int steps = static_cast<int>(std::min<uint64_t>((size * inverse) >> 17, most));
-    return sum < 0 ? -steps : steps;
-  }
-
+  uint32_t column = 0;
   int position = 0, left = 0, up = 0, diagonal = 0, other = 0, lean = 0;
-  int previous = 0, before = 0, upward = 0;
-  int odd = 0;  // which of the trellis's two quantizers the code at this column belongs to
-  int of_row = 0, of_rows = 0, of_column = 0, of_channel = 0, expected = 0, shift = 0;
+  int previous = 0, upward = 0, recent = 0;
+  int of_row = 0, of_column = 0, missed_row = 0, missed_column = 0;
+  int expected = 0, shift = 0;
+  int odd = 0;     // which of the trellis's two quantizers the code at this column belongs to
+  int halves = 0;  // the weight added last
 
  private:
-  enum : uint8_t { kLeft = 1, kUp = 2, kDiagonal = 4, kOther = 8, kUpper = 16 };
+  void look_around() {
+    int sides = sides_[position];
+    left = sides & Surroundings::kLeft ? here(1) : 0;
+    up = sides & Surroundings::kUp ? here(width_) : 0;
+    diagonal = sides & Surroundings::kDiagonal ? here(width_ + 1) : 0;
+    other = sides & Surroundings::kOther ? here(width_ - 1) : 0;
+    int upper = sides & Surroundings::kUpper ? here(2 * width_) : 0;
+    lean = 4 * left + 4 * up - 2 * diagonal - upper;
+    upward = sides & Surroundings::kUp ? magnitude(up) : previous;
+  }
 
-  uint32_t columns_, kernel_;
-  int width_;
-  uint32_t pad_, row_ = 0, looked_ = 0;
-  size_t at_ = 0;
+  int kernel_, width_;
+  uint32_t pad_;
   Trellis trellis_;
+  Surroundings::Column* columns_;
+  const uint8_t* sides_;
+  int16_t *row_ = nullptr, *above_ = nullptr;
   uint32_t state_ = 0;
-  int near_ = kStart, far_ = kStart;
-  std::vector<int> column_, channel_;
-  std::vector<uint8_t> sides_;  // which neighbours lie in the same kernel
-  std::vector<int16_t> rows_[3];
+  bool first_row_ = true;
+  int early_ = 0;  // rate of the means of columns in the first rows
+  Mean row_mean_, recent_, missed_;
 };
+
+// A number against `inverse`, times `scale` of 2^17, rounded, at most `most` either way.
+inline int relative(int64_t value, uint32_t inverse, int scale, int most) {
+  uint64_t size = static_cast<uint64_t>(value < 0 ? -value : value) * inverse;
+  uint64_t steps = (size * static_cast<uint64_t>(scale) + (1u << 16)) >> 17;
+  int found = static_cast<int>(std::min<uint64_t>(steps, most));
+  return value < 0 ? -found : found;
+}
 
 }  // namespace tersor

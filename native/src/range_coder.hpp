@@ -1,4 +1,4 @@
-// Binary range coder: 32-bit range, bytewise renormalisation, 15-bit probabilities of a one.
+// Binary range coder: 64-bit range, renormalised by 32 bits, 16-bit probabilities of a one.
 #pragma once
 
 #include <cstdint>
@@ -8,80 +8,96 @@
 
 namespace tersor {
 
-constexpr int kProbabilityBits = 15;
-constexpr uint32_t kRangeBottom = 1u << 24;
+constexpr int kProbabilityBits = 16;
+constexpr uint64_t kRangeBottom = uint64_t{1} << 32;
+constexpr int kMostPlain = 16;
 
 class RangeEncoder {
  public:
   static constexpr bool kDecodes = false;
 
-  // Returns `bit`; `probability` of a one lies in [1, 2^15 - 1].
+  // Returns `bit`; `probability` of a one lies in [1, 2^16 - 1].
   int code(int bit, uint32_t probability) {
-    uint32_t bound = (range_ >> kProbabilityBits) * probability;
+    uint64_t bound = (range_ >> kProbabilityBits) * probability;
     if (bit) {
       range_ = bound;
     } else {
-      low_ += bound;
-      if (low_ < bound) carry();
+      raise(bound);
       range_ -= bound;
     }
-    while (range_ < kRangeBottom) shift();
+    if (range_ < kRangeBottom) shift();
     return bit;
+  }
+
+  // The lowest `count` <= 16 bits of a number, all values alike.
+  uint32_t plain(uint32_t value, int count) {
+    range_ >>= count;
+    raise(range_ * value);
+    if (range_ < kRangeBottom) shift();
+    return value;
   }
 
   // The shortest bytes that, followed by zeros, lie within the final range.
   std::vector<uint8_t> finish() {
-    for (int zeros = 32; zeros >= 0; --zeros) {
-      uint64_t mask = (uint64_t{1} << zeros) - 1;
-      uint64_t value = (low_ + mask) & ~mask;
-      if (value < uint64_t{low_} + range_) {
-        if (value >> 32) carry();
-        low_ = static_cast<uint32_t>(value);
-        break;
-      }
+    for (int zeros = 64;; --zeros) {
+      uint64_t mask = zeros == 64 ? ~uint64_t{0} : (uint64_t{1} << zeros) - 1;
+      uint64_t up = (0 - low_) & mask;  // to the next number that ends in so many zeros
+      if (up >= range_) continue;
+      raise(up);
+      break;
     }
-    for (int i = 0; i < 4; ++i) shift();
+    shift();
+    shift();
     while (!out_.empty() && out_.back() == 0) out_.pop_back();
     return std::move(out_);
   }
 
  private:
-  void carry() {
+  void raise(uint64_t more) {
+    low_ += more;
+    if (low_ >= more) return;
     for (size_t i = out_.size(); i-- > 0 && ++out_[i] == 0;) {
     }
   }
 
   void shift() {
-    out_.push_back(static_cast<uint8_t>(low_ >> 24));
-    low_ <<= 8;
-    range_ <<= 8;
+    for (int at = 56; at >= 32; at -= 8) out_.push_back(static_cast<uint8_t>(low_ >> at));
+    low_ <<= 32;
+    range_ <<= 32;
   }
 
   std::vector<uint8_t> out_;
-  uint32_t low_ = 0;
-  uint32_t range_ = 0xffffffffu;
+  uint64_t low_ = 0;
+  uint64_t range_ = ~uint64_t{0};
 };
 
 class RangeDecoder {
  public:
   static constexpr bool kDecodes = true;
 
-  explicit RangeDecoder(Span data) : data_(data) {
-    for (int i = 0; i < 4; ++i) code_ = code_ << 8 | next();
+  explicit RangeDecoder(Span data) : data_(data) { code_ = uint64_t{next()} << 32 | next(); }
+
+  TERSOR_INLINE int code(int, uint32_t probability) {
+    uint64_t bound = (range_ >> kProbabilityBits) * probability;
+    // As a choice of values, not of ways: no processor can predict it.
+    bool one = TERSOR_EVEN_ODDS(code_ < bound);
+    uint64_t left = range_ - bound, lowered = code_ - bound;
+    range_ = one ? bound : left;
+    code_ = one ? code_ : lowered;
+    if (__builtin_expect(range_ < kRangeBottom, 0)) shift();
+    return static_cast<int>(one);
   }
 
-  int code(int, uint32_t probability) {
-    uint32_t bound = (range_ >> kProbabilityBits) * probability;
-    // Without a condition, since no processor can predict it.
-    uint32_t one = code_ < bound, mask = 0u - one;
-    code_ -= bound & ~mask;
-    range_ = (range_ - bound) + ((2 * bound - range_) & mask);
-    int bit = static_cast<int>(one);
-    while (range_ < kRangeBottom) {
-      code_ = code_ << 8 | next();
-      range_ <<= 8;
+  TERSOR_INLINE uint32_t plain(uint32_t, int count) {
+    range_ >>= count;
+    uint32_t value = 0;
+    while (count) {
+      uint64_t bound = range_ << --count, one = code_ >= bound;
+      code_ -= bound & (0 - one);
+      value = value << 1 | static_cast<uint32_t>(one);
     }
-    return bit;
+    if (range_ < kRangeBottom) shift();
+    return value;
   }
 
   // Refuses bytes that the encoder would not have written.
@@ -91,12 +107,30 @@ class RangeDecoder {
   }
 
  private:
-  uint8_t next() { return position_ < data_.size ? data_.data[position_++] : (++position_, 0); }
+  TERSOR_INLINE void shift() {
+    code_ = code_ << 32 | next();
+    range_ <<= 32;
+  }
+
+  // The next four bytes; beyond the end all are zero.
+  TERSOR_INLINE uint32_t next() {
+    size_t from = position_;
+    position_ += 4;
+    if (position_ > data_.size) return last(data_, from);
+    const uint8_t* at = data_.data + from;
+    return uint32_t{at[0]} << 24 | uint32_t{at[1]} << 16 | uint32_t{at[2]} << 8 | at[3];
+  }
+
+  static uint32_t last(Span data, size_t from) {
+    uint32_t word = 0;
+    for (size_t i = from; i < from + 4; ++i) word = word << 8 | (i < data.size ? data.data[i] : 0u);
+    return word;
+  }
 
   Span data_;
   size_t position_ = 0;
-  uint32_t code_ = 0;
-  uint32_t range_ = 0xffffffffu;
+  uint64_t code_ = 0;
+  uint64_t range_ = ~uint64_t{0};
 };
 
 }  // namespace tersor

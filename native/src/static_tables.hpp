@@ -1,14 +1,25 @@
 // Frequency tables as they lie in a stream: quarter octaves, each against a neighbour's.
 #pragma once
 
-#include "models.hpp"
+#include "mixed.hpp"
 
 namespace tersor {
 
 constexpr int kMostTables = 16, kMostSymbols = 256, kMostWeight = 64;
 constexpr int kLeastTableBits = 10, kMostTableBits = 14;
 
-using SideDecoder = Small<RangeDecoder>;
+// Decodes matrix by matrix, where the first say how large the next are.
+class SideDecoder {
+ public:
+  explicit SideDecoder(Span data) : range_(data), model_(std::make_unique<Small>()) {}
+
+  void matrix(int32_t* codes, Shape shape) { code_matrices(range_, *model_, codes, {shape}); }
+  void finish() const { range_.finish(); }
+
+ private:
+  RangeDecoder range_;
+  std::unique_ptr<Small> model_;
+};
 
 // 2^((code - 1) / 4), times 16; no symbol has code 0.
 inline uint32_t table_weight(int code) {
@@ -44,7 +55,7 @@ inline std::vector<uint32_t> frequencies(const std::vector<uint32_t>& weights, u
 
 inline std::vector<int32_t> side_row(SideDecoder& side, uint32_t count) {
   std::vector<int32_t> values(count);
-  code_matrix<RangeDecoder>(side, values.data(), Shape{1, count, 1});
+  side.matrix(values.data(), Shape{1, count});
   return values;
 }
 
@@ -55,7 +66,7 @@ inline int checked(int32_t value, int low, int high, const char* what) {
 
 inline std::vector<uint32_t> side_weights(SideDecoder& side, uint32_t tables, uint32_t symbols) {
   std::vector<int32_t> codes(size_t{tables} * symbols);
-  code_matrix<RangeDecoder>(side, codes.data(), Shape{tables, symbols, 1});
+  side.matrix(codes.data(), Shape{tables, symbols});
   std::vector<uint32_t> weights(codes.size());
   for (size_t i = 0; i < codes.size(); ++i) {
     size_t symbol = i % symbols;

@@ -161,6 +161,9 @@ def test_a_chunk_has_no_more_elements_than_a_decoder_may_take_on(tmp_path, refus
     pieces = Pieces.of(save(nn.Linear(4, 2, bias=False), tmp_path / "net.tersor"))
     module(pieces, "")["weight"] = [0, 4097, 4096]
     refused(pieces, "has 16781312 elements in a chunk")
+    pieces.header["runs"][0][0] = "exponents"
+    module(pieces, "")["weight"] = [0, 257, 256]
+    refused(pieces, "has 65792 elements in a chunk")
 
 
 def test_changes_need_a_base(pieces, refused):
@@ -484,6 +487,25 @@ def test_a_small_mask_cannot_stand_for_a_huge_weight(tmp_path):
     forged = pieces.write(tmp_path / "forged.tersor")
     with pytest.raises(FileError, match="its weights unfold to 34359738368 bytes"):
         verify(forged)
+
+
+def test_tiny_chunks_of_many_codes_take_no_more_than_stated(tmp_path):
+    # Three chunks of 2**24 codes, all of them 0, in a few bytes each.
+    net = nn.Module()
+    net.register_buffer("ids", torch.eye(2, dtype=torch.int8))
+    pieces = Pieces.of(save(net, tmp_path / "net.tersor"))
+    net.ids = torch.zeros(3 * 2**12, 2**12, dtype=torch.int8)
+    module(pieces, "")["ids"][1:] = net.ids.shape
+    zeros = encode_group([np.zeros((2**12, 2**12), np.int32)], profile="small", kernels=[1])
+    pieces.chunks = [zeros] * 3
+    pieces.header["runs"] = [["small", [len(zeros)] * 3, 2**12]]
+    forged = pieces.write(tmp_path / "forged.tersor")
+    assert forged.stat().st_size < 16_000
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    load(forged, into=net, threads=4)
+    assert resident("VmHWM") - before < 3 * 2**24 + 40 * 2**24 + 16 * 2**20
+    assert not net.ids.any()
 
 
 def test_nothing_in_a_file_can_run_code(pieces, tmp_path):

@@ -9,6 +9,7 @@ import zoo
 from tersor.errors import ModelError
 from tersor.forms import Affine
 from tersor.surgery import fold, hold
+from tersor.surgery.fold import absorb_statistics
 
 
 def settled(model, seed=0):
@@ -278,3 +279,32 @@ def test_a_network_that_cannot_be_traced_is_refused():
     with pytest.raises(ModelError, match=r"Undecided cannot be traced.*without folding"):
         fold(model, torch.rand(IMAGE))
     assert type(model.norm) is nn.BatchNorm2d
+
+
+def test_absorbed_statistics_leave_the_outputs_and_no_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6)
+    ).train()
+    for _ in range(5):
+        model(torch.rand(8, *IMAGE[1:]) * 3 + 1)
+    model.eval()
+    before = model(torch.rand(IMAGE, generator=torch.Generator().manual_seed(0)))
+    assert absorb_statistics(model) == 2
+    after = model(torch.rand(IMAGE, generator=torch.Generator().manual_seed(0)))
+    assert torch.allclose(after, before, rtol=1e-4, atol=1e-5)
+    assert not model[1].running_mean.any()
+    # A second time finds nothing left to move.
+    scale = model[1].weight.clone()
+    absorb_statistics(model)
+    assert torch.allclose(model[1].weight, scale, rtol=1e-6)
+
+
+def test_norms_that_cannot_take_their_statistics_are_left_alone():
+    shared = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    shared[1].weight = shared[0].weight
+    bare = nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, track_running_stats=False)
+    model = nn.Sequential(*shared, *bare).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert absorb_statistics(model) == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -8,6 +8,7 @@ from surgery.nets import Conv1D, make
 from tersor.errors import ModelError, OptionError
 from tersor.forms import Affine, Dense
 from tersor.surgery import check_finite, in_execution_order, plain_copy, walk
+from tersor.surgery.walk import vectors
 
 
 def names(sites):
@@ -227,3 +228,14 @@ def test_a_spectral_norm_is_copied_as_it_evaluates():
     plain = plain_copy(made)
     assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
     assert torch.equal(plain.weight, made.eval().weight)
+
+
+def test_vectors_are_the_plain_one_dimensional_parameters_each_once():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model[2].bias = model[0].bias
+    model.scalar = nn.Parameter(torch.ones(()))
+    found = {site.name: site for site in vectors(model)}
+    assert list(found) == ["0.bias", "1.weight", "1.bias"]
+    assert len(found["0.bias"].uses) == 2
+    assert [s.name for s in vectors(model, include="BatchNorm1d")] == ["1.weight", "1.bias"]
+    assert [s.name for s in vectors(model, exclude=["1.*", "nothing"])] == ["0.bias"]

@@ -35,7 +35,7 @@ _FLOATS = (
 )
 _WIDTHS = (np.int8, np.int16, np.int32)
 _MOST = 2**30
-_NEAR = 0.1
+_NEAR, _FEW = 0.1, 16
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,11 @@ def _blocks(matrix: Tensor) -> Iterator[Tensor]:
 
 
 def _sample(matrices: Sequence[Matrix]) -> Iterator[Weight]:
-    """Every n-th row of all matrices, so that no more than about `_SAMPLE` weights decide."""
+    """The same share of each matrix, so that no more than about `_SAMPLE` weights decide."""
     every = -(-sum(matrix.tensor.numel() for matrix in matrices) // _SAMPLE)
     for matrix in matrices:
-        chosen = matrix.rows[::every]
-        if len(matrix.rows) < every:
-            chosen = chosen[:, : -(-chosen.shape[1] // every)]
-        yield plain_weight(matrix.name, chosen, matrix.step)
+        flat = matrix.rows
+        # A column's mean magnitude, which tells what codes cost, needs several rows.
+        count = min(len(flat), max(_FEW, len(flat) // every))
+        columns = min(flat.shape[1], -(-flat.numel() // (every * count)))
+        yield plain_weight(matrix.name, flat[:: len(flat) // count, :columns], matrix.step)

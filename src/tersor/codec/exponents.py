@@ -16,6 +16,8 @@ from tersor.codec import coders
 from tersor.codec.coders import Shape
 
 Array = np.ndarray[Any, np.dtype[Any]]
+MOST_EXPONENTS = 2**16
+"""Floats in a stream: a decoder takes a byte for each bit of them."""
 _MOST = 255
 
 
@@ -56,7 +58,8 @@ def decode_exponents(
             raise ValueError("holds an impossible mantissa")
         mantissas = mantissas[rows[2]]
     found: Array = mantissas | exponents.astype(np.uint32) << bits
-    return (found | signs.astype(np.uint32) << (width - 1)).astype(dtype)
+    found |= signs.astype(np.uint32) << (width - 1)
+    return found.astype(dtype)
 
 
 def _stream(rows: list[Array]) -> bytes:

@@ -10,6 +10,7 @@ import torch
 from tersor.codec.coders import Shape
 from tersor.codec.container import Text
 from tersor.codec.errors import expect, whole
+from tersor.codec.exponents import MOST_EXPONENTS
 from tersor.codec.geometry import as_coded, pieces
 from tersor.codec.header import SAME, Chunk, Kind, Run
 from tersor.codec.leaves import Leaf, arranged
@@ -119,7 +120,8 @@ def _append(chunks: list[Chunk], number: int, run: Run, shapes: list[Shape], tex
         expect(len(chunks) < len(text.digests), "a chunk has no checksum")
         laid = tuple(as_coded(shape, changed=run.changed) for shape in inside)
         chunk = Chunk(number, start, laid, at, length, text.digests[len(chunks)])
-        expect(chunk.count <= LARGEST_CHUNK, f"{what} has {chunk.count} elements in a chunk")
+        most = MOST_EXPONENTS if run.coder == "exponents" else LARGEST_CHUNK
+        expect(chunk.count <= most, f"{what} has {chunk.count} elements in a chunk")
         chunks.append(chunk)
 
 

@@ -93,13 +93,14 @@ class Affine(Form):
 
     def dense(self) -> Tensor:
         """The weight."""
-        codes = self.codes.to(self.dtype)
+        # In place: a second copy of all weights would take as long again as computing them.
+        codes = self.codes.to(self.dtype, copy=True)
         if self.zero is not None:
-            codes = codes - spread(self.zero.to(self.dtype), codes.shape[1], self.group_size)
+            codes -= spread(self.zero.to(self.dtype), codes.shape[1], self.group_size)
         elif self.bits == 1:
-            codes = 2 * codes + 1
-        matrix = codes * spread(self.scale.to(self.dtype), codes.shape[1], self.group_size)
-        return from_matrix(matrix, self.shape, self.axis)
+            codes.mul_(2).add_(1)
+        codes *= spread(self.scale.to(self.dtype), codes.shape[1], self.group_size)
+        return from_matrix(codes, self.shape, self.axis)
 
     def parts(self) -> tuple[Part, ...]:
         """Codes at `bits` each, scales at 16, zero points at `bits`."""

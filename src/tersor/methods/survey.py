@@ -32,11 +32,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # Shares of the mean energy that are added to each input's own (as in GPTQ) and each output's own.
 # Gradients are drawn, so their moments are noisier.
-_ALONG, _ACROSS = 0.01, 0.02
+_ALONG, _ACROSS = 0.01, 0.5
 # How much of a curvature is believed where weights are compared: it holds for small errors only.
-_TRUST = 0.7
+_TRUST = 0.5
 # Vectors are few: an error a quarter of what pays makes theirs next to nothing at 1 bit more each.
-_FINER = 2.0
+_FINER = 1.5
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,19 @@ class Survey:
 
 
 def survey(
-    model: nn.Module, task: Task | None, sites: Sequence[Site], vectors: Sequence[Site]
+    model: nn.Module,
+    task: Task | None,
+    sites: Sequence[Site],
+    vectors: Sequence[Site],
+    samples: int,
 ) -> Survey:
-    """Looks at every weight and vector. Without a task, weights have one step and no effects."""
+    """Looks at every weight and vector. Without a task, steps are those of `blind_step`."""
     found = Survey([_weight(site) for site in sites], [Vector(site) for site in vectors])
     if task is None:
+        for weight in found.weights:
+            weight.step = blind_step(_rms(weight.matrix), weight.matrix.size)
         return found
-    curved = curvature(model, task, task.calibration(), [*sites, *vectors])
+    curved = curvature(model, task, task.calibration(samples), [*sites, *vectors])
     left = []
     for weight in found.weights:
         curve = curved[weight.site.name]
@@ -152,8 +158,16 @@ def plain_weight(name: str, matrix: Tensor, step: float = 1.0) -> Weight:
 
 
 def blind_step(rms: float, size: int) -> float:
-    """Step of a weight without data, relative to those of others. size: its elements"""
-    return math.sqrt((rms or 1.0) * math.sqrt(size))
+    """Step of a weight of which only the values are known, relative to those of others.
+
+    Were a relative error in any weight as bad as in any other, the step would be proportional to
+    rms * sqrt(size): more bits for the few. The square root of it, half way to one step for all
+    where scales are concerned, is nearer to what networks want; docs/design/decisions.md has the
+    figures.
+
+    size: its elements
+    """
+    return math.sqrt((rms or 1.0) * size)
 
 
 def effects(shape: tuple[int, ...], curve: Curvature) -> list[tuple[Effect, Effect]]:
@@ -188,6 +202,10 @@ def _sides(moments: Tensor | None, groups: int, size: int, damping: float) -> li
     if moments is None:
         return [Effect(np.ones(size, np.float32))] * groups
     return [effect_of(matrix, damping) for matrix in moments]
+
+
+def _rms(matrix: Array) -> float:
+    return float(np.sqrt(np.square(matrix, dtype=np.float64).mean()))
 
 
 def _weight(site: Site) -> Weight:

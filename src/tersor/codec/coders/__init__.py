@@ -112,19 +112,10 @@ def decode_group(
     """The inverse of `encode_group`; see `decode`."""
     for shape in shapes:
         _check(shape)
-    found = np.empty(sum(shape.size for shape in shapes), np.int32 if _adapts(profile) else dtype)
+    found = np.empty(sum(shape.size for shape in shapes), dtype)
     _PROFILES[profile][1](data, shapes, found)
-    limits = np.iinfo(dtype)
-    if found.dtype != dtype:
-        if found.size and not limits.min <= found.min() <= found.max() <= limits.max:
-            raise ValueError("holds a code too large for its type")
-        found = found.astype(dtype)
     parts = np.split(found, np.cumsum([shape.size for shape in shapes])[:-1])
     return [part.reshape(s.rows, s.columns) for part, s in zip(parts, shapes, strict=False)]
-
-
-def _adapts(profile: str) -> bool:
-    return profile in ("small", "max")
 
 
 def _shape(matrix: Array, kernel: int, states: int) -> Shape:

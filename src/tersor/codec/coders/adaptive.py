@@ -31,15 +31,19 @@ def encode(codes: Array, shapes: Sequence[Shape], *, mixed: bool) -> bytes:
 
 
 def decode(data: Data, shapes: Sequence[Shape], codes: Array, *, mixed: bool) -> None:
-    """Fills `codes` (int32, flat). Raises ValueError for what no encoder writes."""
+    """Fills `codes` (flat). Raises ValueError for what no encoder writes."""
     compiled = native()
     if compiled is not None:
         compiled.adaptive_decode(np.frombuffer(data, np.uint8), as_array(shapes), codes, mixed)
         return
     side = Side(data, mixed=mixed)
+    limits = np.iinfo(codes.dtype)
     start = 0
     for shape in shapes:
-        codes[start : start + shape.size] = side.matrix(shape)
+        found = side.matrix(shape)
+        if found and not limits.min <= min(found) <= max(found) <= limits.max:
+            raise ValueError("holds a code too large for its type")
+        codes[start : start + shape.size] = found
         start += shape.size
     side.finish()
 

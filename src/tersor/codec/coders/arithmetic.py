@@ -1,4 +1,4 @@
-"""Binary range coder: 32-bit range, bytewise renormalisation, 15-bit probabilities of a one.
+"""Binary range coder: 64-bit range, renormalised by 32 bits, 16-bit probabilities of a one.
 
 A stream is the shortest row of bytes that, followed by zeros without end, names a number in the
 last range. It holds no length: its reader knows how many bits to expect.
@@ -6,19 +6,25 @@ last range. It holds no length: its reader knows how many bits to expect.
 
 from typing import Protocol
 
-HALF = 1 << 14
-_BITS = 15
-_BOTTOM = 1 << 24
-_FULL = 2**32 - 1
+HALF = 1 << 15
+_BITS = 16
+_BOTTOM = 1 << 32
+_FULL = 2**64 - 1
+MOST_PLAIN = 16
+"""Bits of equal chance that are coded at once."""
 
 
 class BitCoder(Protocol):
-    """Codes bits; the decoder ignores the bit it is given and returns the one it finds."""
+    """Codes bits; a decoder ignores what it is given and returns what it finds."""
 
     decodes: bool
 
     def code(self, bit: int, probability: int) -> int:
-        """The bit, whose probability to be one is `probability` of 32768 (1 to 32767)."""
+        """The bit, whose probability to be one is `probability` of 65536 (1 to 65535)."""
+        ...
+
+    def plain(self, value: int, count: int) -> int:
+        """The lowest `count` bits of a number, at most 16, all values alike."""
         ...
 
 
@@ -36,27 +42,32 @@ class RangeEncoder:
         if bit:
             self._range = bound
         else:
-            self._low += bound
+            self._raise(bound)
             self._range -= bound
-            self._carry()
-        while self._range < _BOTTOM:
-            self._shift()
+        self._renormalise()
         return bit
+
+    def plain(self, value: int, count: int) -> int:
+        value &= (1 << count) - 1
+        self._range >>= count
+        self._raise(self._range * value)
+        self._renormalise()
+        return value
 
     def finish(self) -> bytes:
         """The stream."""
-        for zeros in range(32, -1, -1):
-            mask = (1 << zeros) - 1
-            value = (self._low + mask) & ~mask
-            if value < self._low + self._range:
-                self._low = value
+        for zeros in range(64, -1, -1):
+            # To the next number that ends in so many zeros.
+            up = -self._low & ((1 << zeros) - 1)
+            if up < self._range:
+                self._raise(up)
                 break
-        self._carry()
-        for _ in range(4):
-            self._shift()
+        self._shift()
+        self._shift()
         return bytes(self._out).rstrip(b"\0")
 
-    def _carry(self) -> None:
+    def _raise(self, more: int) -> None:
+        self._low += more
         if self._low <= _FULL:
             return
         self._low &= _FULL
@@ -67,10 +78,14 @@ class RangeEncoder:
                 break
             i -= 1
 
+    def _renormalise(self) -> None:
+        if self._range < _BOTTOM:
+            self._shift()
+
     def _shift(self) -> None:
-        self._out.append(self._low >> 24)
-        self._low = (self._low << 8) & _FULL
-        self._range <<= 8
+        self._out += (self._low >> 32).to_bytes(4, "big")
+        self._low = (self._low << 32) & _FULL
+        self._range <<= 32
 
 
 class RangeDecoder:
@@ -79,8 +94,8 @@ class RangeDecoder:
     decodes = True
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._position = data, 4
-        self._code = int.from_bytes(data[:4].ljust(4, b"\0"), "big")
+        self._data, self._position = data, 8
+        self._code = int.from_bytes(data[:8].ljust(8, b"\0"), "big")
         self._range = _FULL
 
     def code(self, bit: int, probability: int) -> int:
@@ -91,12 +106,16 @@ class RangeDecoder:
         else:
             self._code -= bound
             self._range -= bound
-        while self._range < _BOTTOM:
-            more = self._data[self._position] if self._position < len(self._data) else 0
-            self._code = ((self._code << 8) | more) & _FULL
-            self._range <<= 8
-            self._position += 1
+        self._renormalise()
         return bit
+
+    def plain(self, value: int, count: int) -> int:
+        self._range >>= count
+        # No encoder's bytes go beyond the largest value.
+        value = min(self._code // self._range, (1 << count) - 1)
+        self._code -= value * self._range
+        self._renormalise()
+        return value
 
     def finish(self) -> None:
         """Refuses bytes that the encoder would not have written."""
@@ -104,3 +123,10 @@ class RangeDecoder:
             raise ValueError("goes on after its last symbol")
         if self._data.endswith(b"\0"):
             raise ValueError("ends in a zero byte")
+
+    def _renormalise(self) -> None:
+        if self._range < _BOTTOM:
+            more = self._data[self._position : self._position + 4].ljust(4, b"\0")
+            self._code = ((self._code << 32) | int.from_bytes(more, "big")) & _FULL
+            self._range <<= 32
+            self._position += 4

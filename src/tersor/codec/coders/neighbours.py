@@ -56,47 +56,83 @@ def magnitude(halves: int) -> int:
     return abs(halves) * (UNIT // 2)
 
 
+class Mean:
+    """A running mean of magnitudes, with four more bits."""
+
+    __slots__ = ("_sum",)
+
+    def __init__(self, total: int = _START * 16) -> None:
+        self._sum = total
+
+    def copy(self) -> "Mean":
+        """One that goes on from here."""
+        return Mean(self._sum)
+
+    def now(self) -> int:
+        """Rounded down."""
+        return self._sum >> 4
+
+    def add(self, value: int, rate: int) -> None:
+        """Moves it towards `value` by `rate` of 256."""
+        self._sum += ((value * 16 - self._sum) * rate) >> 8
+
+
 class Neighbours:
     """A walk over a matrix, row by row.
 
-    expected: the magnitude that running means of the row, the column and the place in the kernel,
-        and the codes nearby, let expect
+    expected: the magnitude that running means of the row and the column, and the codes nearby, let
+        expect
+    missed_row, missed_column: running means of how far predictions were from the weights
     lean: which sign and how large the codes beside it in the kernel let expect
     shift: how many low bits of the magnitude carry next to no information
     odd: which of the trellis's two quantizers the code at this column belongs to
+    halves: the weight added last, in half steps
     """
 
     def __init__(self, shape: Shape) -> None:
-        self.kernel = max(1, shape.kernel)
+        self.kernel = shape.kernel
         self.spatial = self.kernel > 1
         self._width = _WIDTHS.get(self.kernel, 0)
-        self._columns = shape.columns
         self._pad = 2 * self.kernel + 4
-        self._rows = [[0] * (shape.columns + self._pad + 1) for _ in range(3)]
-        self._row = self.column = self._at = 0
-        self._near = self._far = _START
-        self._column = [0] * shape.columns
-        self._channel = [_START] * self.kernel
+        self._rows = [[0] * (shape.columns + self._pad + 1) for _ in range(2)]
+        self._row = self.column = self._at = self._early = self.halves = 0
+        self._row_mean, self._recent, self._missed = Mean(), Mean(), Mean()
+        self._columns = [(Mean(), Mean()) for _ in range(shape.columns)]
         self._carried, self._fed = TRELLISES[shape.states]
         self._state = self.odd = 0
 
     def start_row(self, row: int) -> None:
         """Moves before a row, all rows above being known."""
-        self._row = row
-        self._rows = [[0] * len(self._rows[0]), *self._rows[:2]]
-        self._near = self._far
-        self._channel = [self._near] * self.kernel
+        self._row, self._early = row, 256 // (row + 2)
+        self._rows = [[0] * len(self._rows[0]), self._rows[0]]
         self._state = self.odd = 0
 
     def look(self, column: int) -> None:
         """Moves to a column of the row, all columns before it being known."""
         self.column, self._at = column, self._pad + column
-        width = self._width
+        if self._row == 0:
+            self._columns[column] = (self._row_mean.copy(), self._missed.copy())
+        seen, missed = self._columns[column]
+        self.of_row, self.of_column = self._row_mean.now(), seen.now()
+        self.missed_row, self.missed_column = self._missed.now(), missed.now()
+        self.previous = magnitude(self.here(1)) if column else self.of_row
         self.position = column % self.kernel
-        beside = self.position % width > 0 if width else self.kernel == 1 and column > 0
+        self.recent, self.upward = self.of_row, self.previous
+        if self.spatial:
+            self.recent = self._recent.now()
+            self._look_around()
+            running = 9 * self.of_row + 9 * self.of_column
+            self.expected = (running + 6 * self.previous + 7 * self.upward) >> 5
+        else:
+            running = 15 * self.of_row + 12 * self.of_column
+            self.expected = (running + magnitude(self.above(0))) >> 4
+        self.inverse = (1 << 20) // (self.expected + UNIT)
+        self.shift = max(0, max(1, self.expected // UNIT).bit_length() - 2)
+
+    def _look_around(self) -> None:
+        width = self._width
+        beside = width > 0 and self.position % width > 0
         below = width > 0 and self.position >= width
-        self.previous = magnitude(self.here(1)) if column else self._near
-        self.before = magnitude(self.here(2)) if column > 1 else self._near
         self.left = self.here(1) if beside else 0
         self.up = self.here(width) if below else 0
         self.diagonal = self.here(width + 1) if beside and below else 0
@@ -104,54 +140,35 @@ class Neighbours:
         upper = self.here(2 * width) if width and self.position >= 2 * width else 0
         self.lean = 4 * self.left + 4 * self.up - 2 * self.diagonal - upper
         self.upward = magnitude(self.up) if below else self.previous
-        self.of_row, self.of_rows = self._near, self._far
-        self.of_column = self._column[column] if self._row else self._near
-        self.of_channel = self._channel[self.position] if self.spatial else self.of_column
-        self.expected = self._expected()
-        self._inverse = (1 << 20) // (self.expected + UNIT)
-        self.shift = max(0, max(1, self.expected // UNIT).bit_length() - 2)
 
-    def _expected(self) -> int:
-        if not self.spatial:
-            return (6 * self.of_rows + 8 * self.of_column + self.previous + self.before) >> 4
-        running = 2 * self.of_row + 5 * self.of_column + self.of_channel
-        return (running + 3 * self.previous + self.before + 4 * self.upward) >> 4
-
-    def add(self, code: int) -> None:
-        """The code at the column looked at."""
+    def add(self, code: int, predicted: int = 0) -> None:
+        """The code at the column looked at, whose weight was predicted in units of magnitudes."""
         # The weight that the code stands for: k, or with `odd` half a step nearer to zero.
         halves = 2 * clamp(code, -CAP, CAP)
         halves += self.odd * ((code < 0) - (code > 0))
-        seen = magnitude(halves)
-        self._rows[0][self._at] = halves
+        self.halves = self._rows[0][self._at] = halves
         self._state = self._state >> 1 ^ self.odd * self._carried ^ (code & 1) * self._fed
         self.odd = self._state & 1
-        self._near += ((seen - self._near) * 26) >> 8
-        self._far += ((seen - self._far) * 8) >> 8
-        if self._row == 0:
-            self._column[self.column] = (self.of_column + seen) >> 1
-        else:
-            rate = max(24 if self.spatial else 8, 256 // (self._row + 1))
-            self._column[self.column] += ((seen - self.of_column) * rate) >> 8
-        running = self._channel[self.position]
-        self._channel[self.position] += ((seen - running) * 40) >> 8
+        self._row_mean.add(magnitude(halves), 6)
+        self._recent.add(magnitude(halves), 120)
+        gap = min(abs(halves * (UNIT // 2) - predicted), 2 * CAP * UNIT)
+        self._missed.add(gap, 13)
+        seen, missed = self._columns[self.column]
+        seen.add(magnitude(halves), max(self._early, 6))
+        missed.add(gap, max(self._early, 4))
 
     def here(self, back: int) -> int:
         """The weight in half steps `back` columns before in this row, 0 before its start."""
         return self._rows[0][self._at - back]
 
-    def above(self, right: int = 0) -> int:
+    def above(self, right: int) -> int:
         """The weight in the row above, `right` columns to the right."""
         return self._rows[1][self._at + right]
 
-    def two_above(self) -> int:
-        """The weight two rows above."""
-        return self._rows[2][self._at]
-
-    def relative(self, total: int, scale: int, most: int) -> int:
-        """A sum of weights against the magnitude expected, times `scale`, of at most `most`.
+    def relative(self, value: int, scale: int, most: int) -> int:
+        """A number against the magnitude expected, rounded, of at most `most`.
 
         One step is (expected + UNIT) / (8 * scale).
         """
-        steps = min((abs(total) * scale * self._inverse) >> 17, most)
-        return -steps if total < 0 else steps
+        steps = min((abs(value) * self.inverse * scale + (1 << 16)) >> 17, most)
+        return -steps if value < 0 else steps

@@ -2,49 +2,32 @@
 
 from tersor.codec.coders.arithmetic import BitCoder
 
-_LIMIT = 254
-_LEAST = 32
 LOGIT = 2047
 """The largest logit, in 1/256."""
 
 
-def _rates(least: int) -> list[int]:
-    """Steps towards what was seen, of 65536: 1/2, 1/3, 1/4, ... down to 2**-least."""
-    return [max(65536 // (n + 2), 65536 >> least) for n in range(_LIMIT + 1)]
-
-
-_FAST, _SLOW = _rates(6), _rates(8)
-
-
 class Probability:
-    """Two estimates of the probability of a one, of 65536: one forgets fast, one slowly."""
+    """The probability of a one, of 65536: 1 to 65534.
 
-    __slots__ = ("count", "fast", "slow")
+    Each bit seen moves it towards that bit by `rate` of 65536, which falls from 1/2 to 1/181.
+    """
+
+    __slots__ = ("rate", "value")
 
     def __init__(self) -> None:
-        self.fast = self.slow = 32768
-        self.count = 0
-
-    def value(self) -> int:
-        """Their mean."""
-        return (self.fast + self.slow) >> 1
+        self.value = self.rate = 32768
 
     def update(self, bit: int) -> None:
-        """Moves both towards `bit`."""
-        target = 65535 if bit else 0
-        self.fast += ((target - self.fast) * _FAST[self.count]) >> 16
-        self.slow += ((target - self.slow) * _SLOW[self.count]) >> 16
-        self.count = min(self.count + 1, _LIMIT)
-
-
-def codable(value: int) -> int:
-    """A probability of 65536 as one of 32768 that the range coder accepts."""
-    return min(max(value >> 1, _LEAST), 32768 - _LEAST)
+        """Moves it towards `bit`."""
+        gap = self.value ^ (65535 if bit else 0)
+        gap -= (gap * self.rate) >> 16
+        self.value = gap ^ (65535 if bit else 0)
+        self.rate -= (self.rate * self.rate) >> 17
 
 
 def code(coder: BitCoder, bit: int, chance: Probability) -> int:
     """The bit, and `chance` learns from it."""
-    bit = coder.code(bit, codable(chance.value()))
+    bit = coder.code(bit, chance.value)
     chance.update(bit)
     return bit
 

