@@ -115,7 +115,8 @@ def test_batch_norms_become_a_scale_and_a_shift():
 
 
 def test_steps_make_a_bit_worth_the_same_everywhere():
-    # One weight four times as curved in each element: half the step, were all of it believed and not half.
+    # Four times the curvature of an element is half the step; half of that, in octaves, is
+    # believed.
     sites = walk(net())
     weights = [
         Weight(site, np.ones((8, 8), np.float32), effects((8, 8), Curvature(0.0))) for site in sites
