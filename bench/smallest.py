@@ -116,7 +116,7 @@ NETWORKS = {
     "resnet8": Network(zoo.resnet8, cifar, (4.0, 3.6, 3.2, 2.8), {0.0123: 42_000}),
     "mobilenet": Network(zoo.mobilenet_v1, imagenet, (5.2, 4.8, 4.4, 4.0), {0.0176: 289_000}),
     "silero": Network(zoo.silero_vad, speech.task, (4.0, 3.4, 3.0, 2.6), {0.0013: 146_000}),
-    "stories": Network(zoo.stories260k, lambda: stories.task(128), (4.4, 4.0, 3.6, 3.2), {}),
+    "stories": Network(zoo.stories260k, lambda: stories.task(256), (4.4, 4.0, 3.6, 3.2), {}),
     "minilm": Network(sentences.model, pairs, (3.9, 3.1, 2.6, 2.2), {}),
 }
 

@@ -115,7 +115,7 @@ def test_batch_norms_become_a_scale_and_a_shift():
 
 
 def test_steps_make_a_bit_worth_the_same_everywhere():
-    # Four times the curvature of an element is half the step; half of that, in octaves, is
+    # Four times the curvature of an element is half the step; three quarters of that, in octaves, are
     # believed.
     sites = walk(net())
     weights = [
@@ -123,7 +123,7 @@ def test_steps_make_a_bit_worth_the_same_everywhere():
     ]
     middle = _set_steps(weights, [4.0, 1.0])
     assert middle == pytest.approx(2.0)
-    assert weights[1].step / weights[0].step == pytest.approx(2**0.5)
+    assert weights[1].step / weights[0].step == pytest.approx(2**0.75)
 
 
 def test_a_weight_that_nothing_depends_on_is_stored_coarsely_not_wrongly():

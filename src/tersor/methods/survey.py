@@ -30,7 +30,7 @@ from tersor.task import Task
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # How much of a curvature is believed where weights are compared: it holds for small errors only.
-_TRUST = 0.5
+_TRUST = 0.75
 # Vectors are few: with less than half of the error that would pay, each costs half a bit more.
 _FINER = 1.5
 
