@@ -115,8 +115,8 @@ def test_batch_norms_become_a_scale_and_a_shift():
 
 
 def test_steps_make_a_bit_worth_the_same_everywhere():
-    # Four times the curvature of an element is half the step; three quarters of that, in octaves, are
-    # believed.
+    # Four times the curvature of an element is half the step, of which three quarters in
+    # octaves are believed.
     sites = walk(net())
     weights = [
         Weight(site, np.ones((8, 8), np.float32), effects((8, 8), Curvature(0.0))) for site in sites
