@@ -25,7 +25,8 @@ SMALL_CHUNKS = {
     "tersor.codec.shelf.TOGETHER": 60,
     "tersor.codec.shelf.CHUNK": {"matrix": 60, "vector": 60, "words": 60},
 }
-SETTINGS = {"fast": {"tersor.codec.runs._QUICK": 0}, "chunks": SMALL_CHUNKS}
+ALONE = {"tersor.codec.runs._QUICK": 0}
+SETTINGS = {"fast": ALONE, "trellis": ALONE, "chunks": SMALL_CHUNKS}
 """What a writer is set to, so that small files have what large ones have."""
 
 

@@ -197,7 +197,7 @@ def test_codes_too_large_for_their_type_are_refused(pieces, refused):
 def test_a_stream_that_goes_on_is_refused(pieces, refused):
     for chunk in range(len(pieces.chunks)):
         longer = pieces.copy()
-        longer.chunks[chunk] += b"more"
+        longer.chunks[chunk] += b"more bytes"
         refused(longer.settle(), "chunk . (goes on|is longer|holds|has|cannot)", load, verify)
 
 
@@ -500,7 +500,7 @@ def test_tiny_chunks_of_many_codes_take_no_more_than_stated(tmp_path):
     pieces.chunks = [zeros] * 3
     pieces.header["runs"] = [["small", [len(zeros)] * 3, 2**12]]
     forged = pieces.write(tmp_path / "forged.tersor")
-    assert forged.stat().st_size < 1000
+    assert forged.stat().st_size < 16_000
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     load(forged, into=net, threads=4)

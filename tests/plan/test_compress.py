@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from tersor.codec import load
+from tersor.codec import load, read_header
 from tersor.errors import BudgetError, ModelError, OptionError, OutputError, TaskError
 from tersor.measure import quality, safetensors_bytes
 from tersor.plan import compress
@@ -313,7 +313,22 @@ def test_a_recipe_can_be_given(trained, task, tmp_path):
     result = compress(trained, task, "drop=5", run=tmp_path / "run", recipe=recipe)
     assert [s["method"] for s in result.report["recipe"]] == ["quantize.rtn"]
     with pytest.raises(BudgetError, match="the given recipe does not meet"):
-        compress(trained, task, "size=0.3x", run=tmp_path / "other", recipe=recipe)
+        compress(trained, task, "size=0.2x", run=tmp_path / "other", recipe=recipe)
+
+
+def test_the_profile_of_the_file_can_be_chosen(trained, task, tmp_path):
+    recipe = [{"method": "quantize.rtn", "options": {"bits": 5}}]
+    sizes = {}
+    for profile in ("small", "max"):
+        result = compress(
+            trained, task, "drop=5", run=tmp_path / profile, recipe=recipe, profile=profile
+        )
+        sizes[profile] = result.path.stat().st_size
+        assert any(run.coder == profile for run in read_header(result.path).runs)
+    assert sizes["max"] < sizes["small"]
+    with pytest.raises(OptionError, match="profile='tiny' is none of fast, small, max"):
+        compress(trained, task, "drop=5", run=tmp_path / "tiny", profile="tiny")
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_weights_that_are_not_numbers_are_refused(task, tmp_path):
@@ -428,7 +443,7 @@ def test_a_graph_that_would_not_take_the_data_is_left_out(task, tmp_path):
 
 
 def test_a_size_beyond_the_original_is_asked_for_in_bytes(task, tmp_path):
-    tiny = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    tiny = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 3)).eval()
     with pytest.raises(BudgetError, match=r"ask for size=[0-9]+ or more") as refused:
         compress(tiny, task, "size=0.2x", run=tmp_path / "run")
     asked = re.search(r"ask for (size=[0-9]+)", str(refused.value))[1]

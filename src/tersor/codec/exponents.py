@@ -1,8 +1,8 @@
-"""Few floats, without loss: exponents and signs by the coder of `small`, mantissas as they are.
+"""Few floats, without loss: exponents and signs by the coder of `max`, mantissas as they are.
 
 A stream is two bytes, the most common exponent and a number of mantissas n. Where n is 0 all
 mantissas follow, else the n different ones in rising order; first bit first, filled up with zeros
-to whole bytes. Then comes a stream of `small`: a row of exponents, counted from the most common
+to whole bytes. Then comes a stream of `max`: a row of exponents, counted from the most common
 one, a row of signs, and where n is not 0 a row that says which mantissa each float has.
 """
 
@@ -46,9 +46,7 @@ def decode_exponents(
         raise ValueError("ends too early")
     mantissas = _unpacked(data[2 : 2 + size], many or count, bits)
     shapes = [Shape(1, count)] * (3 if many else 2)
-    rows = [
-        row.reshape(-1) for row in coders.decode_group(data[2 + size :], shapes, profile="small")
-    ]
+    rows = [row.reshape(-1) for row in coders.decode_group(data[2 + size :], shapes, profile="max")]
     exponents, signs = rows[0] + data[0], rows[1]
     width = dtype.itemsize * 8
     if ((exponents < 0) | (exponents >= 2 ** (width - 1 - bits)) | (signs & ~1 != 0)).any():
@@ -64,7 +62,7 @@ def decode_exponents(
 
 def _stream(rows: list[Array]) -> bytes:
     matrices = [row.reshape(1, -1) for row in rows]
-    return coders.encode_group(matrices, profile="small", kernels=[1] * len(rows))
+    return coders.encode_group(matrices, profile="max", kernels=[1] * len(rows))
 
 
 def _packed(mantissas: Array, bits: int) -> bytes:

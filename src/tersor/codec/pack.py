@@ -2,7 +2,7 @@
 
 Codes (whole numbers) go through the coders of `tersor.codec.coders`, under the names they have
 there. Words (all other elements, as unsigned integers of their width) have five: `floats`,
-`exponents` (for few floats: exponents and signs by `small`), `planes` (a byte at a time), `zstd`
+`exponents` (for few floats: exponents and signs by `max`), `planes` (a byte at a time), `zstd`
 and `raw`.
 """
 

@@ -39,16 +39,22 @@ def check_profile(profile: str) -> None:
         raise OptionError(f"profile={profile!r:.40} is none of {', '.join(PROFILES)}")
 
 
-def encoded(run: Planned, tried: Sequence[str]) -> tuple[Run, list[bytes]]:
-    """The run and its chunks. tried: coders for codes, those of a profile"""
+def encoded(
+    run: Planned, tried: Sequence[str], short: Sequence[str] = ("small", "max")
+) -> tuple[Run, list[bytes]]:
+    """The run and its chunks.
+
+    tried: coders for codes, those of a profile; short: more of them, for short runs
+    """
     parts = _parts(run)
     dtype = run.items[0].dtype
     if run.sort == "words":
         quick = "small" in tried and run.size <= _QUICK
         choices = ["planes"] if run.changed else word_coders(dtype, adaptive=quick)
     else:
-        choices = [*tried]
-        choices += ["small"] if run.size <= _QUICK and "small" not in tried else []
+        choices = list(tried)
+        if run.size <= _QUICK:
+            choices += [coder for coder in short if coder not in tried]
 
     def encode(part: Part, coder: str) -> bytes:
         if run.sort == "words":

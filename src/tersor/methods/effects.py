@@ -26,7 +26,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # Shares of the mean energy that are added to each input's own (as in GPTQ) and each output's own.
 # Gradients are drawn, so their moments are noisier.
-_ALONG, _ACROSS = 0.01, 0.5
+_ALONG, _ACROSS = 0.01, 0.1
 
 
 @dataclass(frozen=True)

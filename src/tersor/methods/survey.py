@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.errors import OptionError
 from tersor.forms import Trellis
@@ -31,7 +31,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # How much of a curvature is believed where weights are compared: it holds for small errors only.
 _TRUST = 0.5
-# Vectors are few: an error a quarter of what pays makes theirs next to nothing at 1 bit more each.
+# Vectors are few: with less than half of the error that would pay, each costs half a bit more.
 _FINER = 1.5
 
 
@@ -114,13 +114,15 @@ def survey(
     samples: int,
     known: Known | None = None,
 ) -> Survey:
-    """Looks at every weight and vector. Without a task, weights have one step and no effects.
+    """Looks at every weight and vector. Without a task, steps are those of `blind_step`.
 
     samples: calibration inputs to use, at most
     known: what was learned of the same network and task before; of other samples it is no use
     """
     found = Survey([_weight(site) for site in sites], [Vector(site) for site in vectors])
     if task is None:
+        for weight in found.weights:
+            weight.step = blind_step(_rms(weight.matrix), weight.matrix.size)
         return found
     if known is None or known.samples != samples:
         known = learn(model, task, sites, vectors, samples)
@@ -134,6 +136,29 @@ def survey(
             # A lone grid's error is 1/12 of its step squared, a trellis's 1/4.
             vector.step = math.sqrt(3 * middle / own) / _FINER
     return found
+
+
+def plain_weight(name: str, matrix: Tensor, step: float = 1.0) -> Weight:
+    """A weight of no model, (outputs, inputs), of which nothing is known but its values."""
+    found = np.ascontiguousarray(matrix.float().cpu().numpy())
+    return Weight(Site(name, "", 0, ()), found, effects(found.shape, Curvature(0.0)), step=step)
+
+
+def blind_step(rms: float, size: int) -> float:
+    """Step of a weight of which only the values are known, relative to those of others.
+
+    Were a relative error in any weight as bad as in any other, the step would be proportional to
+    rms * sqrt(size): more bits for the few. The square root of it, half way to one step for all
+    where scales are concerned, is nearer to what networks want; docs/design/decisions.md has the
+    figures.
+
+    size: its elements
+    """
+    return math.sqrt((rms or 1.0) * size)
+
+
+def _rms(matrix: Array) -> float:
+    return float(np.sqrt(np.square(matrix, dtype=np.float64).mean()))
 
 
 def _weight(site: Site) -> Weight:
