@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tersor.errors import ModelError
 from tersor.forms.form import rows
-from tersor.measure.running import Watching, evaluating, unfused
+from tersor.measure.running import Watching, check_outputs, evaluating, unfused
 from tersor.surgery.walk import Site
 from tersor.task import Inputs, Task
 
@@ -33,11 +34,15 @@ _aten = torch.ops.aten
 _PLACES = 32
 
 
+class GradientError(ModelError):
+    """A network that gradients do not pass through."""
+
+
 @dataclass
 class Curvature:
     """What is known of a weight laid out as (outputs, inputs), or of a vector.
 
-    own: mean over the elements of the divergence's second derivative in each
+    own: mean over the elements of the divergence's second derivative in each; 0 without gradients
     inputs: (groups, inputs, inputs) float64, second moments of what it is multiplied with; of an
         embedding those of the gradients of what is looked up; None where nothing was seen, as for
         vectors and for transposed or three-dimensional convolutions
@@ -63,16 +68,24 @@ def curvature(
     Weights are recognised by their memory, so they must be plain; tied ones add up. Gradients are
     drawn with a fixed seed.
 
-    draws: gradients for each prediction
+    draws: gradients for each prediction; 0 looks at the inputs alone
+
+    Raises ModelError for NaN outputs; GradientError, one of its kind, where gradients do not pass.
     """
     watch = _Watch([site for site in sites if site.weight.dim() > 1])
     parameters = [getattr(*site.uses[0]) for site in sites]
     squares = [0.0] * len(sites)
     generator = torch.Generator().manual_seed(0)
     predictions = 0
-    with evaluating(model), unfused(), _unfused_recurrence(model), _differentiable(model):
-        for batch in batches:
-            with torch.enable_grad(), watch:
+    with (
+        evaluating(model),
+        unfused(),
+        _unfused_recurrence(model),
+        _differentiable(model),
+        torch.set_grad_enabled(draws > 0),
+    ):
+        for number, batch in enumerate(batches, 1):
+            with watch, _passable(model, draws):
                 watch.backward = False
                 outputs = task.predict(model, batch)
                 watch.backward = True
@@ -84,12 +97,27 @@ def curvature(
                     for place, gradient in enumerate(gradients):
                         if gradient is not None:
                             squares[place] += float(gradient.double().square().mean())
+            check_outputs(outputs.detach(), model, f"calibration batch {number}")
             predictions += len(outputs)
     share = 1 / max(1, predictions * draws)
     return {
         site.name: Curvature(square * share, *watch.found(site))
         for site, square in zip(sites, squares, strict=True)
     }
+
+
+@contextmanager
+def _passable(model: nn.Module, draws: int) -> Iterator[None]:
+    """Says so where torch has no gradient to give."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not draws:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GradientError(
+            f"gradients do not pass through {type(model).__name__}: {reason}"
+        ) from error
 
 
 @contextmanager
