@@ -11,6 +11,7 @@ import importlib.util
 import mmap
 import os
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -197,23 +198,31 @@ class Worker:
 
 def run(options: argparse.Namespace) -> int:
     """Shares the mutants out to processes. Returns the number of findings."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        from fuzz_judge import OUTCOMES
-        from fuzz_seeds import write_seeds
+    from fuzz_seeds import write_seeds
 
-        write_seeds(folder)
+    with TemporaryDirectory() as name:
+        write_seeds(Path(name))
         begin = time.monotonic()
-        workers = [Worker(options, folder, index) for index in range(options.processes)]
+        workers = [Worker(options, Path(name), index) for index in range(options.processes)]
         try:
             while sum(worker.busy() for worker in workers):
                 time.sleep(0.2)
+        except KeyboardInterrupt:
+            print("stopped before the end")
         finally:
             for worker in workers:
                 worker.stop()
         seconds = time.monotonic() - begin
         totals = [sum(column) for column in zip(*(w.progress.counts for w in workers), strict=True)]
     totals[-1] += sum(worker.crashes for worker in workers)
+    report(options, totals, seconds)
+    return totals[-1]
+
+
+def report(options: argparse.Namespace, totals: list[int], seconds: float) -> None:
+    """Prints how many files came to which end and how fast, and records it if asked to."""
+    from fuzz_judge import OUTCOMES
+
     counts = dict(zip(OUTCOMES, totals, strict=True))
     files = sum(totals)
     built = "AddressSanitizer and UBSan" if options.native else "no sanitizers"
@@ -229,7 +238,6 @@ def run(options: argparse.Namespace) -> int:
         figures |= {"files_per_second": round(files / seconds), "processes": options.processes}
         figures["files_per_processor_second"] = round(each)
         record("fuzz", figures | {"seed": options.seed, "built_with": built})
-    return totals[-1]
 
 
 def once(options: argparse.Namespace) -> int:
@@ -265,6 +273,8 @@ def main() -> int:
         return 0
     if options.only is not None:
         return once(options)
+    # So that a run in the background can be stopped and still say what it has done.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return int(run(options) > 0)
 
 
