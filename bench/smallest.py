@@ -124,7 +124,7 @@ NETWORKS = {
     "stories": Network(
         zoo.stories260k, lambda: stories.task(256), (4.6, 4.4, 4.0, 3.6, 3.2), {}, 64
     ),
-    "minilm": Network(sentences.model, pairs, (3.9, 3.1, 2.6, 2.2), {}),
+    "minilm": Network(sentences.model, pairs, (3.9, 3.1, 2.6, 2.2), {}, 8),
 }
 
 
