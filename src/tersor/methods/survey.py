@@ -31,8 +31,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # How much of a curvature is believed where weights are compared: it holds for small errors only.
 _TRUST = 0.75
-# Vectors are few: with less than half of the error that would pay, each costs half a bit more.
-_FINER = 1.5
 
 
 @dataclass
@@ -134,7 +132,7 @@ def survey(
         own = known.own[vector.site.name]
         if own > 0 and middle > 0:
             # A lone grid's error is 1/12 of its step squared, a trellis's 1/4.
-            vector.step = math.sqrt(3 * middle / own) / _FINER
+            vector.step = math.sqrt(3 * middle / own)
     return found
 
 
