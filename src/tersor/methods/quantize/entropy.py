@@ -52,8 +52,7 @@ def entropy(
     states: of the trellis, 1 (none), 4, 8, 16, 32 or 64: the more, the smaller and the slower to
         find; reading takes the same time for all
     thrift: how much error may be taken on to save a bit; 0 takes the least error
-    samples: calibration inputs to use, at most; a network that answers new inputs less surely than
-        those it was trained on needs a few thousand
+    samples: calibration inputs to use, at most; best are those that leave the network unsure
     include, exclude: patterns on names and types, see `walk`
 
     The step's outcome holds the estimated bits, the finest and coarsest step, and the number of
