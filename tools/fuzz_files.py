@@ -279,7 +279,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="on the clock")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--native", type=Path, default=sanitized(), help="the compiled coders")
+    parser.add_argument("--native", type=Path, help="compiled coders, those of `make fuzz`")
     parser.add_argument("--record", action="store_true", help="write bench/results/fuzz.json")
     parser.add_argument("--only", type=int, help="read this mutant alone")
     for name, kind in (("progress", Path), ("folder", Path), ("first", int), ("step", int)):
@@ -290,6 +290,7 @@ def main() -> int:
         return 0
     if options.only is not None:
         return once(options)
+    options.native = options.native or sanitized()
     # So that a run in the background can be stopped and still say what it has done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return int(run(options) > 0)
