@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from tersor.export import OnnxModel, onnx_file, onnx_graph, to_onnx
 from tersor.export import onnx as exporter
 from tersor.export.onnx_writer import Writer
 from tersor.forms import FakeAffine, Form
+from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.rtn import rtn
-from tersor.surgery import decoded, hold
+from tersor.surgery import decoded, held, hold
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
@@ -110,6 +112,37 @@ def test_four_bits_in_groups_take_half_a_byte(tmp_path):
     # As (inputs, outputs), which ONNX Runtime multiplies without decoding.
     assert (list(found.dims), len(found.raw_data)) == ([48, 32], 768)
     assert done.difference.relative < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "kinds"), [(1.5, "int4|int8"), (4.0, "int8"), (10.0, "int16")])
+def test_codes_of_a_trellis_are_stored_by_the_width_of_their_points(tmp_path, bits, kinds):
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(40, 16), nn.Linear(16, 40)
+            self.conv, self.norm = nn.Conv1d(16, 16, 3, padding=1), nn.BatchNorm1d(16)
+            self.gru = nn.GRU(16, 16, batch_first=True)
+
+        def forward(self, ids):
+            x = self.norm(self.conv(self.table(ids).transpose(1, 2))).relu().transpose(1, 2)
+            return self.head(self.gru(x)[0])
+
+    torch.manual_seed(0)
+    net = entropy(Several().eval(), bits=bits)
+    forms = dict(held(net))
+    done = to_onnx(net, tmp_path / "net.onnx", example=torch.randint(0, 40, (2, 5)))
+    assert done.difference.relative < 1e-5
+    for layer in done.layers:
+        points = forms[layer.name].points()
+        width = 2 if points.abs().max() > 127 else 1 if points.abs().max() > 7 else 0.5
+        scales = 1 if width == 2 else len(points)
+        assert layer.bytes == points.numel() * width + 4 * scales
+        assert re.fullmatch(f"({kinds}) (packed in uint8 )?per (channel|tensor)", layer.stored)
+    # Biases and batch norms are plain again; the network itself keeps its forms.
+    assert {layer.name for layer in done.layers} == {
+        n for n, f in forms.items() if len(f.shape) > 1
+    }
+    assert dict(held(net)) == forms
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from tersor.export.onnx_forms import lower
+from tersor.export.onnx_forms import as_affine, lower
 from tersor.export.onnx_products import multiply_codes
 from tersor.export.onnx_rows import gather_rows, pack
 from tersor.export.onnx_writer import Writer
-from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM
+from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM, Trellis
 from tersor.surgery import hold
 
 ir = pytest.importorskip("onnx_ir", reason="needs the extra onnx")
@@ -79,6 +79,29 @@ def test_affine_codes_decode_to_the_same_bits(shape, options, decode):
     bits = 8 if options["bits"] > 4 else 4
     kind = f"INT{bits}"
     assert writer.stored["w.codes"] == (kind, math.ceil(math.prod(shape) * bits / 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", [0, 1, None])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("states", [1, 8])
+@pytest.mark.parametrize(
+    ("step", "kind"), [(0.5, "INT4"), (0.05, "INT8"), (0.001, "INT16"), (1e-6, "INT32")]
+)
+def test_points_of_a_trellis_decode_to_the_same_bits(step, kind, states, shape, axis, dtype):
+    weight = weight_of(shape)
+    weight.view(-1)[0] = 3.0
+    form = Trellis.encode(weight.to(dtype), step=step, states=states, axis=axis)
+    narrow = as_affine(form)
+    assert isinstance(narrow, Affine) == (kind in ("INT4", "INT8"))
+    assert torch.equal(narrow.dense(), form.dense())
+    writer = Writer("w", 21)
+    value = lower(narrow, writer)
+    assert torch.equal(run(writer.cast(value, torch.float32), writer), form.dense().float())
+    each = {"INT4": 0.5, "INT8": 1, "INT16": 2, "INT32": 4}[kind]
+    assert writer.stored["w.codes"] == (kind, math.ceil(math.prod(shape) * each))
+    said = [f"stored as {kind.lower()}: it has points beyond 127"]
+    assert writer.notes == ([] if kind in ("INT4", "INT8") else said)
 
 
 @pytest.mark.parametrize("bits", [1, 2])

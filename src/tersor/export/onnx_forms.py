@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tersor.export.onnx_writer import Writer, stored_bits, to_array
-from tersor.forms import Affine, Bitmask, Codebook, Dense, Form, NofM
+from tersor.forms import Affine, Bitmask, Codebook, Dense, Form, NofM, Trellis
 from tersor.forms.form import unrows
+from tersor.forms.trellis import narrowest
 
 
 def lower(form: Form, writer: Writer, role: str = "", bits: int | None = None) -> Any:
@@ -106,6 +107,40 @@ def _affine(form: Affine, writer: Writer, role: str, bits: int | None) -> Any:
     return _as_weight(weight, form, writer) if grouped else weight
 
 
+def as_affine(form: Trellis) -> Affine | Trellis:
+    """The same weight as codes of the fewest bits with a scale for each row, at most 8 bits.
+
+    The form itself where its points need more.
+    """
+    points = form.points()
+    largest = int(points.abs().max()) if points.numel() else 0
+    bits = max(2, largest.bit_length() + 1)
+    if bits > 8:
+        return form
+    return Affine(
+        points.to(torch.int8),
+        form.step.expand(len(points), 1),
+        None,
+        bits=bits,
+        group_size=None,
+        axis=form.axis,
+        shape=form.shape,
+        dtype=form.dtype,
+    )
+
+
+def _trellis(form: Trellis, writer: Writer, role: str, bits: int | None) -> Any:
+    """Points times step; where they need 8 bits at most, `as_affine` makes less of them."""
+    points = narrowest(form.points())
+    if points.dtype != torch.int8:
+        kind = str(points.dtype).removeprefix("torch.")
+        writer.notes.append(f"stored as {kind}: it has points beyond 127")
+    codes = writer.cast(writer.store(f"{role}codes", points), torch.float32)
+    weight = writer.op("Mul", codes, writer.store(f"{role}step", form.step))
+    weight = weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
+    return _as_weight(weight, form, writer)
+
+
 def _spread(per_group: Any, form: Affine, writer: Writer) -> Any:
     """Repeats (outputs, groups, 1) to (outputs, inputs); the last group may be cut short."""
     outputs, inputs = form.codes.shape
@@ -130,7 +165,7 @@ def sparse_codes(form: Affine, writer: Writer) -> bool:
     return smaller
 
 
-def _as_weight(matrix: Any, form: Affine | NofM, writer: Writer) -> Any:
+def _as_weight(matrix: Any, form: Affine | NofM | Trellis, writer: Writer) -> Any:
     """(outputs, inputs) in the weight's shape, as `unrows` does."""
     if form.axis is None:
         return writer.reshape(matrix, *form.shape)
@@ -168,4 +203,5 @@ LOWERINGS: dict[str, Callable[[Any, Writer, str, int | None], Any]] = {
     Codebook.kind: _codebook,
     Dense.kind: _dense,
     NofM.kind: _nofm,
+    Trellis.kind: _trellis,
 }

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.export.onnx_forms import LOWERINGS, lower
+from tersor.export.onnx_forms import LOWERINGS, as_affine, lower
 from tersor.export.onnx_products import multiply_codes
 from tersor.export.onnx_rows import gather_rows
 from tersor.export.onnx_writer import Writer
-from tersor.forms import Affine, FakeAffine, Form
-from tersor.surgery.hold import form_of, held, hold
+from tersor.forms import Affine, FakeAffine, Form, Trellis
+from tersor.surgery.hold import form_of, held, hold, release
 
 DOMAIN = "tersor"
 
@@ -66,15 +66,25 @@ class Placeholder(Form):
 
 
 def swap(model: nn.Module) -> list[Weight]:
-    """Puts a placeholder in the place of every form, in place, and returns what they stand for."""
+    """Puts a placeholder in the place of every form, in place, and returns what they stand for.
+
+    Vectors are decoded: they are small, and the exporter can fold them into other constants.
+    """
     weights: list[Weight] = []
     known: dict[Form, tuple[Weight, Form]] = {}
     for name, form in list(held(model)):
+        path, _, attribute = name.rpartition(".")
+        layer = model.get_submodule(path)
+        if len(form.shape) == 1:
+            if form_of(layer, attribute) is form:
+                release(layer, attribute)
+            continue
         if form in known:
             weight, placeholder = known[form]
             weight.names.append(name)
         elif isinstance(form, FakeAffine) or form.kind in LOWERINGS:
             final = form.freeze() if isinstance(form, FakeAffine) else form
+            final = as_affine(final) if isinstance(final, Trellis) else final
             placeholder = Placeholder(len(weights), form.shape, form.dtype)
             weights.append(Weight([name], final))
             known[form] = weights[-1], placeholder
@@ -82,8 +92,6 @@ def swap(model: nn.Module) -> list[Weight]:
             known[form] = Weight([name], form), form
             _swap_parts(form, name, weights)
             continue
-        path, _, attribute = name.rpartition(".")
-        layer = model.get_submodule(path)
         if form_of(layer, attribute) is form:
             hold(layer, attribute, placeholder)
     return weights

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tersor.export.onnx_graph import Weight
-from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM
+from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM, Trellis
 from tersor.surgery.walk import walk
 
 # ONNX calls the other types as torch does.
@@ -69,6 +69,8 @@ def _stored(weight: Weight) -> str:
             return f"{kinds.get('values', 'integer')}, {form.n} of every {form.m}, and their places"
         case Dense():
             return kinds["stored"]
+        case Trellis():
+            return f"{kinds['codes']} per {'tensor' if form.step.numel() == 1 else 'channel'}"
     return kinds.get("data", "several tensors")
 
 
