@@ -9,9 +9,10 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-STREAMS ?= 250000
+# Of the fuzzer's random numbers.
+SEED ?= 0
 
-.PHONY: help demo test test-slow fuzz check bench docs help-page format clean
+.PHONY: help demo test test-slow fuzz fuzz-short check bench docs help-page format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -26,11 +27,27 @@ test: .venv/dev.stamp  ## run the tests (a few minutes)
 test-slow: .venv/dev.stamp  ## run the long tests
 	$(BIN)/python -m pytest -m slow
 
-fuzz:  ## give the compiled decoders mutated streams, with AddressSanitizer and UBSan (STREAMS=...)
+fuzz: build/fuzz build/sanitized.stamp  ## ten minutes of altered streams and files, with sanitizers
+	build/fuzz 180 $(SEED)
+	$(BIN)/python tools/fuzz_files.py --seconds 420 --seed $(SEED)
+
+fuzz-short: build/fuzz build/sanitized.stamp  ## the same for one minute
+	build/fuzz 20 $(SEED)
+	$(BIN)/python tools/fuzz_files.py --seconds 40 --seed $(SEED)
+
+FUZZ = $(CXX) -std=c++17 -O1 -g -Inative/src native/fuzz/fuzz.cpp -o $@
+build/fuzz: native/fuzz/fuzz.cpp $(wildcard native/src/*.hpp)
 	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
-		-Inative/src native/fuzz/fuzz.cpp -o build/fuzz
-	build/fuzz $(STREAMS)
+	$(FUZZ) -fsanitize=address,undefined -fno-sanitize-recover=all || \
+		{ echo "the compiler has no sanitizers: streams are decoded without them"; $(FUZZ); }
+
+# The compiled coders once more. Without sanitizers no extension comes of it, and fuzz_files says so.
+build/sanitized.stamp: native/CMakeLists.txt $(wildcard native/src/*) .venv/dev.stamp
+	rm -rf build/sanitized build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel . \
+		--config-settings cmake.define.TERSOR_SANITIZE=ON --config-settings install.strip=false
+	$(BIN)/python -m zipfile --extract build/wheel/tersor-*.whl build/sanitized
+	touch $@
 
 check: .venv/dev.stamp  ## format, lint, types, import floors, help page, code in the docs
 	$(BIN)/ruff format --check

@@ -17,9 +17,9 @@ def record(name: str, figures: dict[str, Any], *, packages: tuple[str, ...] = ()
 
     packages: what else than torch and tersor the figures depend on
     """
-    script = Path(sys.argv[0]).name
+    script = Path(sys.argv[0]).resolve()
     content = {
-        "command": " ".join(["python", f"bench/{script}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]),
         "versions": {
             "python": platform.python_version(),
             **_versions("torch", "tersor", *packages),

@@ -1,9 +1,10 @@
 """What a .tersor file is made of, by profile, and how long it takes to write and to load.
 
-python bench/file_bytes.py
+python bench/file_bytes.py [NETWORK ...]
 """
 
 import copy
+import json
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _record import record
+from _record import RESULTS, record
 from safetensors.torch import save_file
 from torch import nn
 
@@ -137,10 +138,12 @@ def cold(net: nn.Module, program: Program) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Writes bench/results/file_bytes.json."""
+    """Writes bench/results/file_bytes.json, the networks named or all."""
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {}
-    for name, example in EXAMPLES.items():
+    wanted, earlier = sys.argv[1:] or list(EXAMPLES), RESULTS / "file_bytes.json"
+    figures: dict[str, Any] = json.loads(earlier.read_text())["figures"] if sys.argv[1:] else {}
+    for name in wanted:
+        example = EXAMPLES[name]
         net = minilm() if name == "minilm" else getattr(zoo, name)()
         program = program_of(net, example)
         for bits in (4, 5, 6, 8) if name == "resnet20" else (4,):

@@ -22,6 +22,7 @@ FLOORS = {
     "export": 5,
     "report": 5,
     "plan": 6,
+    "checkpoints": 6,
     "sources": 7,
     "serve": 7,
     "corpus": 7,

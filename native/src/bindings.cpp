@@ -158,14 +158,16 @@ void search(const Table<float>& levels, const Table<float>& feedback, const Flat
   search_rows(task, codes.data(), costs.data(), threads);
 }
 
-template <class Element>
-void join(const Flat<int8_t>& exponents, const Flat<uint8_t>& rest, const Output<Element>& out,
-          int center) {
-  if (exponents.size() != out.size() || rest.size() != out.size() * (sizeof(Element) - 1)) {
+template <class Float>
+void decode_floats(const Flat<uint8_t>& data, const Shapes& shapes, const Flat<uint8_t>& rest,
+                   int center, const Output<typename Float::Bits>& out) {
+  auto checked = checked_shapes(shapes, out.size());
+  if (out.size() == 0 || rest.size() != out.size() * (sizeof(typename Float::Bits) - 1)) {
     throw std::invalid_argument("sizes differ");
   }
   nb::gil_scoped_release free;
-  join_floats<Element>(exponents.data(), rest.data(), out.data(), out.size(), center);
+  floats_decode<Float>({data.data(), data.size()}, checked, rest.data(), center, out.data(),
+                       out.size());
 }
 
 // For tests: all paths must give the same bytes.
@@ -192,10 +194,12 @@ NB_MODULE(_native, module) {
              "row_weights"_a, "classes"_a, "bits"_a,
              "zeros"_a, "trellis"_a, "rate"_a, "codes"_a.noconvert(), "costs"_a.noconvert(),
              "threads"_a);
-  module.def("join_floats", join<uint16_t>, "exponents"_a, "rest"_a, "out"_a.noconvert(),
-             "center"_a);
-  module.def("join_floats", join<uint32_t>, "exponents"_a, "rest"_a, "out"_a.noconvert(),
-             "center"_a);
+  module.def("bfloat16_decode", decode_floats<Bfloat16>, "data"_a, "shapes"_a,
+             "rest"_a, "center"_a, "out"_a.noconvert());
+  module.def("float32_decode", decode_floats<Float32>, "data"_a, "shapes"_a,
+             "rest"_a, "center"_a, "out"_a.noconvert());
+  module.def("float16_decode", decode_floats<Float16>, "data"_a, "shapes"_a,
+             "rest"_a, "center"_a, "out"_a.noconvert());
 }
 
 }  // namespace

@@ -155,8 +155,8 @@ class Mixed {
         &signs_[2048 + (finely_ + 2 * kAims) * 16 + std::min(15, level_ / 4)],
         &signs_[3072 + place_ * 32 + aim],
     };
-    value = mix<4>(coder, value, inputs, mixers_[1280 + spatial], mixers_[1282 + spatial * 32 + place_],
-                   corrections_[2048 + spatial * 32 + aim]);
+    value = mix<4>(coder, value, inputs, mixers_[1280 + spatial],
+                   mixers_[1282 + spatial * 32 + place_], corrections_[2048 + spatial * 32 + aim]);
     // From here on the sign is known, and says on which side of the prediction larger codes lie.
     int size = (value ? -aim_ : aim_) + kAims;
     chances(4, 6208 + (16 + size) * 64 + level_);
@@ -207,8 +207,8 @@ class Mixed {
   static int side(int code) { return code > 0 ? 1 : code < 0 ? 2 : 0; }
 
   template <int count, class Coder>
-  TERSOR_INLINE int mix(Coder& coder, int bit, Probability* const* inputs, Inputs& first, Inputs& second,
-          Correction& correction) {
+  TERSOR_INLINE int mix(Coder& coder, int bit, Probability* const* inputs, Inputs& first,
+                        Inputs& second, Correction& correction) {
     Inputs logits;
     for (int i = 0; i < count; ++i) {
       logits.at[i] = static_cast<int16_t>(tables_.stretch(inputs[i]->value));
@@ -216,7 +216,8 @@ class Mixed {
     int both = mixed(first, second, logits);
     int place = (both + 2048) * 32, lower = place >> 12, share = place & 4095;
     uint16_t* cell = correction.value + lower;
-    int corrected = (cell[0] * (4096 - share) + cell[1] * share) >> 12, plain = tables_.squash(both);
+    int corrected = (cell[0] * (4096 - share) + cell[1] * share) >> 12;
+    int plain = tables_.squash(both);
     int chance = clamp((corrected + plain) >> 1, kLeast, 65536 - kLeast);
     bit = coder.code(bit, static_cast<uint32_t>(chance));
     int target = bit ? 65535 : 0, error = (target - plain) >> 2;

@@ -2,8 +2,8 @@
 //
 // A code is a magnitude and a sign. The magnitude is divided by 2^shift, where shift follows the
 // magnitude expected; the quotient is up to 14 flags ("larger still?") and an Exp-Golomb tail, the
-// remainder plain bits, of which the upper two are modelled. The sign follows the first flag, or the
-// remainder of a quotient of zero.
+// remainder plain bits, of which the upper two are modelled. The sign follows the first flag, or
+// the remainder of a quotient of zero.
 #pragma once
 
 #include "adaptive.hpp"
@@ -95,8 +95,8 @@ class RowsOf : public Rows {
   std::vector<int32_t> row_;
 };
 
-// The magnitude expected from the neighbours is the context; of small ones, whose codes are far from
-// alike, a second one is the means of the row (in kernels: the codes before) and the column.
+// The magnitude expected from the neighbours is the context; of small ones, whose codes are far
+// from alike, a second one is the means of the row (in kernels: the codes before) and the column.
 class Small {
  public:
   template <class Coder>
@@ -107,8 +107,8 @@ class Small {
     one_ = by_level_[near.odd][level(near.expected, 4, kMostLevel)];
     two_ = nullptr;
     if (near.shift) return;
-    int recent = level(near.recent, 2, 31), column = level(near.of_column, 2, 31);
-    two_ = by_means_[near.odd][recent * 32 + column];
+    int recent = level(near.recent, 2, 15), column = level(near.of_column, 2, 15);
+    two_ = by_means_[near.odd][recent * 16 + column];
   }
 
   template <class Coder>
@@ -134,7 +134,7 @@ class Small {
   Tail tail;
 
  private:
-  Probability by_level_[2][kMostLevel + 1][16], by_means_[2][1024][16];
+  Probability by_level_[2][kMostLevel + 1][16], by_means_[2][256][16];
   Probability by_column_[1024], by_lean_[2 * kMostLean + 1];
   Probability *one_ = nullptr, *two_ = nullptr;
 };

@@ -10,7 +10,7 @@
 namespace tersor {
 
 constexpr int kFewLanes = 8, kManyLanes = 32;
-constexpr size_t kManySymbols = 1u << 17;  // from here on 32 lanes cost less than 0.2 %
+constexpr size_t kManySymbols = 1u << 16;  // from here on 32 lanes cost less than 0.5 %
 constexpr uint32_t kStateBottom = 1u << 16;
 
 inline int lanes_of(size_t count) { return count < kManySymbols ? kFewLanes : kManyLanes; }
@@ -134,24 +134,58 @@ inline Bytes rans_encode(const uint8_t* symbols, const uint8_t* tables, size_t c
   return out;
 }
 
-template <class Value>
-class RansDecoder {
+// What decoders share: the tables, and the lanes' states.
+//
+// A slot of a table of at most 2^12 holds all that a lane needs: the symbol, its frequency less one
+// and how far the slot lies from the symbol's first. Larger tables hold the symbol alone.
+class RansTables {
  public:
-  RansDecoder(const std::vector<uint32_t>& weights, uint32_t tables, uint32_t symbols, int bits)
-      : bits_(bits), symbol_((size_t{tables} << bits) + 3), span_(size_t{tables} * 256) {
+  static constexpr int kFullBits = 12;
+
+  RansTables(const std::vector<uint32_t>& weights, uint32_t tables, uint32_t symbols, int bits)
+      : bits(bits), slots(size_t{tables} << bits), spans(size_t{tables} * 256) {
     for (uint32_t table = 0; table < tables; ++table) {
       auto first = weights.begin() + size_t{table} * symbols;
       auto many = frequencies({first, first + symbols}, 1u << bits);
-      uint32_t start = 0;
-      for (uint32_t i = 0; i < symbols; ++i) {
-        std::memset(&symbol_[(size_t{table} << bits) + start], static_cast<int>(i), many[i]);
-        span_[size_t{table} * 256 + i] = start << 16 | many[i];
-        start += many[i];
+      uint32_t* slot = slots.data() + (size_t{table} << bits);
+      for (uint32_t symbol = 0, start = 0; symbol < symbols; start += many[symbol++]) {
+        for (uint32_t i = 0; i < many[symbol]; ++i) {
+          *slot++ = symbol << 24 | (full() ? i << 12 | (many[symbol] - 1) : 0);
+        }
+        spans[size_t{table} * 256 + symbol] = start << 16 | many[symbol];
       }
     }
   }
 
-  void decode(Span data, Positions& positions, bool many_tables, Value* out, size_t count) {
+  bool full() const { return bits <= kFullBits; }
+
+  // The next symbol of a lane, whose state may then need a word.
+  template <bool kFull>
+  uint32_t step(uint32_t& x, size_t table) const {
+    uint32_t slot = x & ((1u << bits) - 1), found = slots[(table << bits) + slot];
+    if (kFull) {
+      x = ((found & 0xfff) + 1) * (x >> bits) + (found >> 12 & 0xfff);
+    } else {
+      uint32_t span = spans[table * 256 + (found >> 24)];
+      x = (span & 0xffff) * (x >> bits) + slot - (span >> 16);
+    }
+    return found >> 24;
+  }
+
+  int bits;
+  std::vector<uint32_t> slots, spans;
+};
+
+template <class Value>
+class RansDecoder {
+ public:
+  explicit RansDecoder(const RansTables& tables) : tables_(tables) {}
+
+  // Hands the symbols' values on in blocks: give(first) says where the next is to be written,
+  // take(first, size) that it was.
+  template <class Give, class Take>
+  void decode(Span data, Positions& positions, bool many_tables, size_t count, Give give,
+              Take take) {
     const size_t lanes = lanes_of(count);
     if (data.size < lanes * 4 || data.size % 2) throw Malformed("ends too early");
     for (size_t lane = 0; lane < lanes; ++lane) {
@@ -160,18 +194,19 @@ class RansDecoder {
     }
     next_ = data.data + lanes * 4;
     end_ = data.data + data.size;
-    constexpr size_t block = 4096;
-    uint8_t tables[block] = {};
+    uint8_t places[kBlock] = {};
     for (size_t done = 0; done < count;) {
-      size_t now = std::min(block, count - done);
-      if (many_tables) positions.fill(tables, now);
+      size_t now = std::min(kBlock, count - done);
+      if (many_tables) positions.fill(places, now);
+      Value* out = give(done);
       size_t i = 0;
       while (i + lanes <= now && size_t(end_ - next_) >= 2 * lanes) {
         size_t sure = std::min<size_t>((now - i) / lanes, size_t(end_ - next_) / (2 * lanes));
-        run(lanes, many_tables, tables + i, out + done + i, sure);
+        run(lanes, many_tables, places + i, out + i, sure);
         i += sure * lanes;
       }
-      for (; i < now; ++i) out[done + i] = careful(state_[i % lanes], tables[i]);
+      for (; i < now; ++i) out[i] = careful(state_[i % lanes], places[i]);
+      take(done, now);
       done += now;
     }
     if (next_ != end_) throw Malformed("goes on after its last symbol");
@@ -180,41 +215,40 @@ class RansDecoder {
     }
   }
 
+  static constexpr size_t kBlock = 4096;
+
  private:
   // Decodes `groups` times `lanes` symbols, for which there are words enough in any case.
-  void run(size_t lanes, bool many_tables, const uint8_t* tables, Value* out, size_t groups) {
+  void run(size_t lanes, bool many_tables, const uint8_t* places, Value* out, size_t groups) {
+    auto with = [&](auto full, auto many) {
 #ifdef TERSOR_AVX2
-    if (wide().load(std::memory_order_relaxed) && lanes == kManyLanes) {
-      many_tables ? vectors<true>(tables, out, groups) : vectors<false>(tables, out, groups);
-      return;
-    }
+      if (wide().load(std::memory_order_relaxed)) {
+        lanes == kManyLanes ? vectors<kManyLanes / 8, full, many>(places, out, groups)
+                            : vectors<kFewLanes / 8, full, many>(places, out, groups);
+        return;
+      }
 #endif
-    if (lanes == kFewLanes) {
-      many_tables ? scalars<kFewLanes, true>(tables, out, groups)
-                  : scalars<kFewLanes, false>(tables, out, groups);
+      lanes == kManyLanes ? scalars<kManyLanes, full, many>(places, out, groups)
+                          : scalars<kFewLanes, full, many>(places, out, groups);
+    };
+    using std::false_type, std::true_type;
+    if (tables_.full()) {
+      many_tables ? with(true_type{}, true_type{}) : with(true_type{}, false_type{});
     } else {
-      many_tables ? scalars<kManyLanes, true>(tables, out, groups)
-                  : scalars<kManyLanes, false>(tables, out, groups);
+      many_tables ? with(false_type{}, true_type{}) : with(false_type{}, false_type{});
     }
   }
 
-  template <int lanes, bool many_tables>
-  void scalars(const uint8_t* tables, Value* out, size_t groups) {
+  template <int lanes, bool full, bool many_tables>
+  void scalars(const uint8_t* places, Value* out, size_t groups) {
     uint32_t x[lanes];
     std::copy(state_, state_ + lanes, x);
     const uint8_t* next = next_;
-    const uint8_t* symbols = symbol_.data();
-    const uint32_t* spans = span_.data();
-    const int bits = bits_;
-    const uint32_t mask = (1u << bits) - 1;
-    for (; groups; --groups, out += lanes, tables += lanes) {
+    for (; groups; --groups, out += lanes, places += lanes) {
 #pragma GCC unroll 8
       for (int lane = 0; lane < lanes; ++lane) {
-        uint32_t slot = x[lane] & mask;
-        size_t table = many_tables ? tables[lane] : 0;
-        uint32_t symbol = symbols[(table << bits) + slot];
-        uint32_t span = spans[table * 256 + symbol];
-        uint32_t state = (span & 0xffff) * (x[lane] >> bits) + slot - (span >> 16);
+        uint32_t state = x[lane];
+        uint32_t symbol = tables_.step<full>(state, many_tables ? places[lane] : 0);
         out[lane] = static_cast<Value>(signed_value(symbol));
         // Written without a condition, or compilers branch on what no one can predict.
         uint32_t low = state < kStateBottom;
@@ -227,36 +261,43 @@ class RansDecoder {
   }
 
 #ifdef TERSOR_AVX2
-  template <bool many_tables>
-  __attribute__((target("avx2"))) void vectors(const uint8_t* tables, Value* out, size_t groups) {
-    constexpr int count = kManyLanes / 8;
-    __m256i x[count];
+  // `count` vectors of eight lanes.
+  template <int count, bool full, bool many_tables>
+  __attribute__((target("avx2"))) void vectors(const uint8_t* places, Value* out, size_t groups) {
+    __m256i x[count], values[count];
     for (int i = 0; i < count; ++i) {
       x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(state_ + 8 * i));
     }
     const uint8_t* next = next_;
-    const auto* symbols = reinterpret_cast<const int*>(symbol_.data());
-    const auto* spans = reinterpret_cast<const int*>(span_.data());
+    const auto* slots = reinterpret_cast<const int*>(tables_.slots.data());
+    const auto* spans = reinterpret_cast<const int*>(tables_.spans.data());
     const auto& orders = word_orders();
-    const __m128i bits = _mm_cvtsi32_si128(bits_);
-    const __m256i mask = _mm256_set1_epi32((1 << bits_) - 1), byte = _mm256_set1_epi32(255);
-    const __m256i half = _mm256_set1_epi32(0xffff), one = _mm256_set1_epi32(1);
-    const __m256i zero = _mm256_setzero_si256();
-    for (; groups; --groups, out += kManyLanes, tables += kManyLanes) {
+    const __m128i bits = _mm_cvtsi32_si128(tables_.bits);
+    const __m256i mask = _mm256_set1_epi32((1 << tables_.bits) - 1);
+    const __m256i low12 = _mm256_set1_epi32(0xfff), low16 = _mm256_set1_epi32(0xffff);
+    const __m256i one = _mm256_set1_epi32(1), zero = _mm256_setzero_si256();
+    for (; groups; --groups, out += 8 * count, places += 8 * count) {
 #pragma GCC unroll 4
       for (int i = 0; i < count; ++i) {
         __m256i slot = _mm256_and_si256(x[i], mask), place = slot, table = zero;
         if (many_tables) {
           table = _mm256_cvtepu8_epi32(
-              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(tables + 8 * i)));
+              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(places + 8 * i)));
           place = _mm256_add_epi32(place, _mm256_sll_epi32(table, bits));
         }
-        __m256i symbol = _mm256_and_si256(_mm256_i32gather_epi32(symbols, place, 1), byte);
-        __m256i cell = many_tables ? _mm256_or_si256(symbol, _mm256_slli_epi32(table, 8)) : symbol;
-        __m256i span = _mm256_i32gather_epi32(spans, cell, 4);
-        __m256i state = _mm256_mullo_epi32(_mm256_and_si256(span, half),
-                                           _mm256_srl_epi32(x[i], bits));
-        state = _mm256_add_epi32(state, _mm256_sub_epi32(slot, _mm256_srli_epi32(span, 16)));
+        __m256i found = _mm256_i32gather_epi32(slots, place, 4), times, add;
+        __m256i symbol = _mm256_srli_epi32(found, 24);
+        if (full) {
+          times = _mm256_add_epi32(_mm256_and_si256(found, low12), one);
+          add = _mm256_and_si256(_mm256_srli_epi32(found, 12), low12);
+        } else {
+          __m256i cell = _mm256_or_si256(symbol, _mm256_slli_epi32(table, 8));
+          __m256i span = _mm256_i32gather_epi32(spans, cell, 4);
+          times = _mm256_and_si256(span, low16);
+          add = _mm256_sub_epi32(slot, _mm256_srli_epi32(span, 16));
+        }
+        __m256i state = _mm256_mullo_epi32(times, _mm256_srl_epi32(x[i], bits));
+        state = _mm256_add_epi32(state, add);
         __m256i low = _mm256_cmpeq_epi32(_mm256_srli_epi32(state, 16), zero);
         int lows = _mm256_movemask_ps(_mm256_castsi256_ps(low));
         __m256i words = _mm256_cvtepu16_epi32(
@@ -267,17 +308,32 @@ class RansDecoder {
         __m256i fed = _mm256_or_si256(_mm256_slli_epi32(state, 16), words);
         x[i] = _mm256_blendv_epi8(state, fed, low);
         next += 2 * __builtin_popcount(static_cast<unsigned>(lows));
-        __m256i value = _mm256_xor_si256(_mm256_srli_epi32(symbol, 1),
-                                         _mm256_sub_epi32(zero, _mm256_and_si256(symbol, one)));
-        alignas(32) int32_t values[8];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(values), value);
-        for (int j = 0; j < 8; ++j) out[8 * i + j] = static_cast<Value>(values[j]);
+        values[i] = _mm256_xor_si256(_mm256_srli_epi32(symbol, 1),
+                                     _mm256_sub_epi32(zero, _mm256_and_si256(symbol, one)));
       }
+      store<count>(values, out);
     }
     for (int i = 0; i < count; ++i) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(state_ + 8 * i), x[i]);
     }
     next_ = next;
+  }
+
+  // Values from -128 to 127, narrowed.
+  template <int count>
+  __attribute__((target("avx2"))) static void store(const __m256i* values, Value* out) {
+    if constexpr (count == 4 && sizeof(Value) == 1) {
+      __m256i low = _mm256_packs_epi32(values[0], values[1]);
+      __m256i packed = _mm256_packs_epi16(low, _mm256_packs_epi32(values[2], values[3]));
+      packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), packed);
+    } else {
+      alignas(32) int32_t wide[8];
+      for (int i = 0; i < count; ++i) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(wide), values[i]);
+        for (int j = 0; j < 8; ++j) out[8 * i + j] = static_cast<Value>(wide[j]);
+      }
+    }
   }
 
   // For each set of lanes that take a word: which of the next eight words each takes.
@@ -296,10 +352,7 @@ class RansDecoder {
 #endif
 
   Value careful(uint32_t& x, size_t table) {
-    uint32_t slot = x & ((1u << bits_) - 1);
-    uint32_t symbol = symbol_[(table << bits_) + slot];
-    uint32_t span = span_[table * 256 + symbol];
-    x = (span & 0xffff) * (x >> bits_) + slot - (span >> 16);
+    uint32_t symbol = tables_.full() ? tables_.step<true>(x, table) : tables_.step<false>(x, table);
     if (x < kStateBottom) {
       if (next_ == end_) throw Malformed("ends too early");
       x = x << 16 | load16(next_);
@@ -308,25 +361,29 @@ class RansDecoder {
     return static_cast<Value>(signed_value(symbol));
   }
 
-  int bits_;
-  std::vector<uint8_t> symbol_;
-  std::vector<uint32_t> span_;
+  const RansTables& tables_;
   uint32_t state_[kManyLanes] = {};
   const uint8_t* next_ = nullptr;
   const uint8_t* end_ = nullptr;
 };
 
-// Puts the values that have no symbol of their own in place of the escapes.
+// The values that have no symbol of their own.
+inline std::vector<int32_t> escaped_values(Span data, size_t count) {
+  if (count > 0xffffffffu) throw Malformed("holds too many escapes");
+  SideDecoder side(data);
+  auto values = side_row(side, static_cast<uint32_t>(count));
+  side.finish();
+  return values;
+}
+
+// Puts them in place of the escapes.
 template <class Value>
 void put_escaped(Span data, int32_t escape, Value* out, size_t count) {
   std::vector<size_t> places;
   for (size_t i = 0; i < count; ++i) {
     if (out[i] == static_cast<Value>(escape)) places.push_back(i);
   }
-  SideDecoder side(data);
-  if (places.size() > 0xffffffffu) throw Malformed("holds too many escapes");
-  auto values = side_row(side, static_cast<uint32_t>(places.size()));
-  side.finish();
+  auto values = escaped_values(data, places.size());
   for (size_t i = 0; i < places.size(); ++i) {
     if (values[i] < std::numeric_limits<Value>::min() ||
         values[i] > std::numeric_limits<Value>::max()) {
@@ -336,33 +393,58 @@ void put_escaped(Span data, int32_t escape, Value* out, size_t count) {
   }
 }
 
+// A stream of `fast`, all but its words read.
+class FastStream {
+ public:
+  FastStream(Span data, const std::vector<Shape>& shapes) : reader_(data) {
+    SideDecoder side(reader_.part());
+    auto header = side_row(side, 4);
+    int tables = checked(header[0], 0, kMostTables - 1, "holds too many tables") + 1;
+    int bits = checked(header[1], 0, kMostTableBits - kLeastTableBits, "has tables too large");
+    int symbols = checked(header[2], 0, kMostSymbols - 1, "holds too many symbols") + 1;
+    escapes = checked(header[3], 0, 1, "holds an unknown flag");
+    escape = signed_value(symbols - 1);
+    many_tables_ = tables > 1;
+    for (Shape shape : shapes) {
+      layouts_.push_back(tables > 1 && shape.size() ? read_layout(side, shape)
+                                                    : Layout{shape, 0, {}, {}});
+    }
+    auto weights = side_weights(side, tables, symbols);
+    side.finish();
+    escaped = reader_.part();
+    if (!escapes && escaped.size) throw Malformed("holds escaped codes without need");
+    positions_ = std::make_unique<Positions>(layouts_, tables);
+    tables_ = std::make_unique<RansTables>(weights, tables, symbols, bits + kLeastTableBits);
+  }
+
+  // As in RansDecoder::decode.
+  template <class Value, class Give, class Take>
+  void decode(size_t count, Give give, Take take) {
+    RansDecoder<Value>(*tables_).decode(reader_.rest(), *positions_, many_tables_, count, give,
+                                        take);
+  }
+
+  bool escapes;
+  int32_t escape;
+  Span escaped{};
+
+ private:
+  Reader reader_;
+  bool many_tables_;
+  std::vector<Layout> layouts_;
+  std::unique_ptr<Positions> positions_;
+  std::unique_ptr<RansTables> tables_;
+};
+
 template <class Value>
 void fast_decode(Span data, const std::vector<Shape>& shapes, Value* out, size_t count) {
   if (count == 0) {
     if (data.size) throw Malformed("goes on after its last symbol");
     return;
   }
-  Reader reader(data);
-  SideDecoder side(reader.part());
-  auto header = side_row(side, 4);
-  int tables = checked(header[0], 0, kMostTables - 1, "holds too many tables") + 1;
-  int bits = checked(header[1], 0, kMostTableBits - kLeastTableBits, "has tables too large");
-  int symbols = checked(header[2], 0, kMostSymbols - 1, "holds too many symbols") + 1;
-  bool escapes = checked(header[3], 0, 1, "holds an unknown flag");
-  bits += kLeastTableBits;
-  std::vector<Layout> layouts;
-  for (Shape shape : shapes) {
-    layouts.push_back(tables > 1 && shape.size() ? read_layout(side, shape)
-                                                 : Layout{shape, 0, {}, {}});
-  }
-  auto weights = side_weights(side, tables, symbols);
-  side.finish();
-  Span escaped = reader.part();
-  if (!escapes && escaped.size) throw Malformed("holds escaped codes without need");
-  Positions positions(layouts, tables);
-  RansDecoder<Value> decoder(weights, tables, symbols, bits);
-  decoder.decode(reader.rest(), positions, tables > 1, out, count);
-  if (escapes) put_escaped(escaped, signed_value(symbols - 1), out, count);
+  FastStream stream(data, shapes);
+  stream.decode<Value>(count, [&](size_t first) { return out + first; }, [](size_t, size_t) {});
+  if (stream.escapes) put_escaped(stream.escaped, stream.escape, out, count);
 }
 
 }  // namespace tersor

@@ -9,6 +9,7 @@ from tersor.version import VERSION
 
 if TYPE_CHECKING:
     # The same names as below, for type checkers and editors.
+    from tersor import checkpoints as checkpoints
     from tersor import codec as codec
     from tersor import errors as errors
     from tersor import export as export
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from tersor import report as report
     from tersor import surgery as surgery
     from tersor import task as task
+    from tersor.checkpoints import pack as pack
+    from tersor.checkpoints import unpack as unpack
     from tersor.codec import load as load
     from tersor.codec import save as save
     from tersor.measure import compare as compare
@@ -39,13 +42,26 @@ _HOMES = {
     "compress": "tersor.plan",
     "decoded": "tersor.surgery",
     "load": "tersor.codec",
+    "pack": "tersor.checkpoints",
     "replay": "tersor.methods",
     "run": "tersor.methods",
     "save": "tersor.codec",
+    "unpack": "tersor.checkpoints",
 }
 # Rooms that open on first use: `tersor.task.classification(...)` needs no import of its own.
 _ROOMS = (
-    *("codec", "errors", "export", "forms", "measure", "methods", "plan", "report", "surgery"),
+    *(
+        "checkpoints",
+        "codec",
+        "errors",
+        "export",
+        "forms",
+        "measure",
+        "methods",
+        "plan",
+        "report",
+        "surgery",
+    ),
     "task",
 )
 

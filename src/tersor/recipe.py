@@ -23,8 +23,9 @@ from tersor.errors import OptionError
 P = ParamSpec("P")
 Outcome = dict[str, Any]
 
-# What a caller or `run` hands to a method and no recipe holds: the data, and the network as it was.
-GIVEN = frozenset({"task", "original"})
+# What a caller or `run` hands to a method and no recipe holds: the data, the network as it was, and
+# what was found out about it before.
+GIVEN = frozenset({"task", "original", "known"})
 
 
 @dataclass(frozen=True)

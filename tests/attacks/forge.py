@@ -42,7 +42,10 @@ class Pieces:
 
     @classmethod
     def of(cls, path: Path) -> "Pieces":
-        content = path.read_bytes()
+        return cls.parse(path.read_bytes())
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Pieces":
         magic, version, least, required, optional, length, *rest = PREAMBLE.unpack(content[:40])
         assert (magic, version, least, optional) == (MAGIC, 1, 1, 0)
         assert required in (0, 1)
@@ -75,6 +78,11 @@ class Pieces:
 
     def write(self, path: Path) -> Path:
         """Writes the file with right checksums of whatever it holds."""
+        path.write_bytes(self.content())
+        return path
+
+    def content(self) -> bytes:
+        """The bytes of the file, with right checksums of whatever it holds."""
         text = self.header_text
         if text is None:
             text = json.dumps(
@@ -90,5 +98,4 @@ class Pieces:
         fields |= {"stored": len(squeezed), "header": len(text), "program": len(self.program)}
         fields["chunks"] = len(digests)
         start = PREAMBLE.pack(*(fields | self.preamble).values())
-        path.write_bytes(start + digest(start + section, 16) + section + body)
-        return path
+        return start + digest(start + section, 16) + section + body

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from codec.languages import MODULES
 from tersor.codec import coders
-from tersor.codec.coders import Shape, adaptive, floats, huffman, native, rans
+from tersor.codec.coders import Shape, floats, native
 
 COUNT = 3000
 
@@ -46,42 +47,46 @@ def some_codes(random):
 
 
 @pytest.mark.parametrize("profile", coders.PROFILES)
+@pytest.mark.parametrize("states", [1, 8])
 @pytest.mark.parametrize("language", ["c++", "python"])
-def test_mutated_and_random_streams_are_refused_or_decoded(profile, language, monkeypatch):
+def test_mutated_and_random_streams_are_refused_or_decoded(profile, language, states, monkeypatch):
     count = COUNT
     if language == "python":
         count = 20 if profile == "max" else 60
-        for module in (adaptive, rans, huffman, floats):
+        for module in MODULES:
             monkeypatch.setattr(module, "native", lambda: None)
     elif native.native() is None:
         pytest.skip("the compiled coders are not built")
     random = np.random.default_rng(3)
-    stream = coders.encode(some_codes(random), profile=profile, kernel=9)
+    layout = {"profile": profile, "kernel": 9, "states": states}
+    stream = coders.encode(some_codes(random), **layout)
     streams = [mutated(stream, random) for _ in range(count)]
     streams += [random.bytes(int(random.integers(0, 200))) for _ in range(count // 4)]
 
     def decode(data):
-        assert coders.decode(data, (9, 18), profile=profile, kernel=9).shape == (9, 18)
+        assert coders.decode(data, (9, 18), dtype=np.int16, **layout).shape == (9, 18)
 
     _, refused = answers(decode, streams)
     assert refused > len(streams) // 10
 
 
 @pytest.mark.parametrize("profile", coders.PROFILES)
-def test_both_languages_refuse_the_same_streams(profile, monkeypatch):
+@pytest.mark.parametrize("dtype", [np.int8, np.int32])
+def test_both_languages_refuse_the_same_streams(profile, dtype, monkeypatch):
     if native.native() is None:
         pytest.skip("the compiled coders are not built")
     random = np.random.default_rng(4)
-    stream = coders.encode(some_codes(random)[:3], profile=profile, kernel=9)
+    layout = {"profile": profile, "kernel": 9, "states": 4}
+    stream = coders.encode(some_codes(random)[:3].clip(-99, 127), **layout)
     for data in [mutated(stream, random) for _ in range(25)]:
         found = []
         for language in ("c++", "python"):
             with monkeypatch.context() as patch:
                 if language == "python":
-                    for module in (adaptive, rans, huffman):
+                    for module in MODULES:
                         patch.setattr(module, "native", lambda: None)
                 try:
-                    decoded = coders.decode(data, (3, 18), profile=profile, kernel=9)
+                    decoded = coders.decode(data, (3, 18), dtype=dtype, **layout)
                     found.append(decoded.tolist())
                 except ValueError:
                     found.append(None)

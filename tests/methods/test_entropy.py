@@ -15,10 +15,11 @@ from tersor.errors import OptionError
 from tersor.forms import Trellis
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.curvature import Curvature
+from tersor.methods.effects import effects
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.rtn import rtn
-from tersor.methods.survey import Weight, _set_steps, effects
+from tersor.methods.survey import Weight, _set_steps
 from tersor.surgery import held, walk
 from tersor.surgery.walk import vectors
 from tersor.task import classification, regression
@@ -106,22 +107,23 @@ def test_batch_norms_become_a_scale_and_a_shift():
     for _ in range(20):
         model(x)
     model.eval()
-    before = model(x)
+    before = model(x).detach()
     done = entropy(copy.deepcopy(model), regression(calibration=x, holdout=x), bits=7.0)
     assert (done[1].running_mean == 0).all()
     assert (done[1].running_var == 1 - done[1].eps).all()
-    assert torch.allclose(done(x), before, atol=0.02 * float(before.abs().max()))
+    assert torch.allclose(done(x), before, atol=0.03 * float(before.abs().max()))
 
 
 def test_steps_make_a_bit_worth_the_same_everywhere():
-    # One weight four times as curved in each element: half the step, were all of it believed.
+    # Four times the curvature of an element is half the step, of which three quarters in
+    # octaves are believed.
     sites = walk(net())
     weights = [
         Weight(site, np.ones((8, 8), np.float32), effects((8, 8), Curvature(0.0))) for site in sites
     ]
     middle = _set_steps(weights, [4.0, 1.0])
     assert middle == pytest.approx(2.0)
-    assert weights[1].step / weights[0].step == pytest.approx(2**0.7)
+    assert weights[1].step / weights[0].step == pytest.approx(2**0.75)
 
 
 def test_a_weight_that_nothing_depends_on_is_stored_coarsely_not_wrongly():

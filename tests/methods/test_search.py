@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tersor.forms.trellis import TAPS, points_of
+from tersor.methods.effects import effect_of
 from tersor.methods.search import Terms, search, search_slowly
-from tersor.methods.survey import effect_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -9,9 +9,11 @@ from tersor.cli.compress import compress
 from tersor.cli.export import export
 from tersor.cli.inspect import inspect
 from tersor.cli.methods import methods
+from tersor.cli.pack import pack
 from tersor.cli.profile import profile
 from tersor.cli.report import report
 from tersor.cli.running import Verbs, verb
+from tersor.cli.unpack import unpack
 from tersor.cli.verify import verify
 
 app = typer.Typer(
@@ -22,7 +24,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _verb in (profile, compress, compare, verify, inspect, report, export, methods):
+for _verb in (
+    *(profile, compress, compare, verify, inspect, report, export),
+    *(pack, unpack, methods),
+):
     app.command()(verb(_verb))
 
 

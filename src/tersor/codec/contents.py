@@ -45,6 +45,26 @@ def collect(model: nn.Module) -> tuple[list[Entry], list[Tensor]]:
     return entries, tensors
 
 
+def named(items: Mapping[str, Tensor | Form]) -> tuple[list[Entry], list[Tensor]]:
+    """The same for tensors and forms that no module owns, whatever their values.
+
+    Modules come in the order in which their first tensors do.
+    """
+    modules: dict[str, list[str]] = {}
+    for name in items:
+        modules.setdefault(split_name(name)[0], []).append(name)
+    tensors: list[Tensor] = []
+    entries = []
+    for name in (name for names in modules.values() for name in sorted(names)):
+        item = items[name]
+        if isinstance(item, Form):
+            entries.append(Entry((name,), "", described(item, name, tensors)))
+        else:
+            entries.append(Entry((name,), "", Plain(tuple(item.shape), 0)))
+            tensors.append(item)
+    return entries, tensors
+
+
 def stored(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, Tensor | Form]]:
     """(name, layer, item) of each parameter, form and persistent buffer, under all its names."""
     if type(module).get_extra_state is not nn.Module.get_extra_state:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from tersor.codec.assemble import assembled, check_rebuildable
 from tersor.codec.base import Base
 from tersor.codec.chunks import THREADS, read_leaves
 from tersor.codec.container import canonical, read_text, write
-from tersor.codec.contents import collect, rebuild
+from tersor.codec.contents import collect, named, rebuild
 from tersor.codec.errors import Unreadable, about
-from tersor.codec.header import Header, Plain, as_json, typed
+from tersor.codec.header import Entry, Header, Plain, as_json, typed
 from tersor.codec.header_reader import parse
 from tersor.codec.into import check_complete, place
 from tersor.codec.leaves import all_leaves
@@ -61,7 +61,6 @@ def save(
     Raises ExportError for a model whose forward pass cannot be stored, ModelError for weights that
     are not finite, OutputError where the file cannot be written.
     """
-    path = Path(path)
     check_profile(profile)
     notes: dict[str, Any] = {
         "recipe": _steps(recipe_of(model) if recipe is None else recipe),
@@ -71,22 +70,66 @@ def save(
     # Before tracing, which would fail in less clear words on weights that are not finite.
     entries, tensors = collect(model)
     program = graph if isinstance(graph, Program) else _program(model, example) if graph else None
-    constants: Mapping[str, Tensor] = {}
     if program is not None:
         check_rebuildable(entries, program, type(model).__name__)
+    return _written(Path(path), entries, tensors, program, notes, profile, base, _check_readable)
+
+
+def save_tensors(
+    items: Mapping[str, Tensor | Form],
+    path: str | Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    profile: str = "small",
+    base: Place | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Writes tensors and forms by their names, without a network around them.
+
+    Tensors may hold anything, NaN too. They are read when their turn comes, so that they may be
+    parts of files larger than memory. `load(path, into=...)` puts them into a network that has
+    tensors of these names.
+
+    provenance, profile, base: as in `save`
+    check: is given the finished file before it takes its name, and raises where it must not
+    """
+    check_profile(profile)
+    notes = {"provenance": _noted("provenance", provenance)}
+    entries, tensors = named(items)
+
+    def checked(draft: Path) -> None:
+        _check_readable(draft)
+        if check is not None:
+            check(draft)
+
+    return _written(Path(path), entries, tensors, None, notes, profile, base, checked)
+
+
+def _written(
+    path: Path,
+    entries: list[Entry],
+    tensors: list[Tensor],
+    program: Program | None,
+    notes: dict[str, Any],
+    profile: str,
+    base: Place | None,
+    check: Callable[[Path], None],
+) -> Path:
+    constants: Mapping[str, Tensor] = {}
+    if program is not None:
         constants = dict(sorted(program.constants.items()))
     plain = [(name, Plain(tuple(tensor.shape), 0)) for name, tensor in constants.items()]
     earlier = None if base is None else Base(base)
     shelf = Shelf(list(all_leaves(entries, plain)), [*tensors, *constants.values()], earlier)
     entries, plain = typed(entries, plain, shelf.kind_of)
     if shelf.changed and earlier is not None:
-        notes["base"] = earlier.header.identity
+        notes = notes | {"base": earlier.header.identity}
     write(
         path,
         as_json(entries, plain, shelf.kinds, notes),
         b"" if program is None else program.to_json(),
         (encoded(run, PROFILES[profile]) for run in shelf.runs),
-        _check_readable,
+        check,
         features=int(shelf.changed),
     )
     return path

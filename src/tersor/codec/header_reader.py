@@ -112,7 +112,7 @@ def _entries(modules: list[Any], tied: dict[str, Any]) -> tuple[Entry, ...]:
         path, layer, tensors = _items(row, 3, "a module")
         expect(isinstance(layer, str) and len(layer) <= LONGEST_NAME, "a layer's type is no name")
         expect(isinstance(tensors, dict) and tensors != {}, "a module holds no tensors")
-        expect(path == "" or _is_name(path), f"{path!r:.60} is no name of a module")
+        expect(path == "" or is_name(path), f"{path!r:.60} is no name of a module")
         for leaf, value in tensors.items():
             name = f"{path}.{leaf}" if path else leaf
             expect("." not in leaf, f"{name!r:.60} is no name of a tensor")
@@ -133,10 +133,11 @@ def _constant(name: str, value: Any) -> tuple[str, Plain]:
 
 def check_name(name: Any) -> None:
     """Raises Unreadable unless a tensor may be called that."""
-    expect(_is_name(name), f"{name!r:.60} is no name of a tensor")
+    expect(is_name(name), f"{name!r:.60} is no name of a tensor")
 
 
-def _is_name(name: Any) -> bool:
+def is_name(name: Any) -> bool:
+    """Whether a tensor may be called that."""
     fits = isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable()
     return fits and all(name.split("."))
 

@@ -13,7 +13,6 @@ Differs: the gradients are those of the task's own divergence, drawn by `Task.sc
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,21 +23,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tersor.errors import ModelError
 from tersor.forms.form import rows
-from tersor.measure.running import Watching, evaluating, unfused
+from tersor.measure.running import Watching, check_outputs, evaluating, unfused
 from tersor.surgery.walk import Site
 from tersor.task import Inputs, Task
 
 _aten = torch.ops.aten
-# Elements of unfolded inputs that are held at once.
-_MOST = 2**24
+# Places of a convolution that are looked at in each sample: neighbours tell nothing new.
+_PLACES = 32
+
+
+class GradientError(ModelError):
+    """A network that gradients do not pass through."""
 
 
 @dataclass
 class Curvature:
     """What is known of a weight laid out as (outputs, inputs), or of a vector.
 
-    own: mean over the elements of the divergence's second derivative in each
+    own: mean over the elements of the divergence's second derivative in each; 0 without gradients
     inputs: (groups, inputs, inputs) float64, second moments of what it is multiplied with; of an
         embedding those of the gradients of what is looked up; None where nothing was seen, as for
         vectors and for transposed or three-dimensional convolutions
@@ -64,16 +68,24 @@ def curvature(
     Weights are recognised by their memory, so they must be plain; tied ones add up. Gradients are
     drawn with a fixed seed.
 
-    draws: gradients for each prediction
+    draws: gradients for each prediction; 0 looks at the inputs alone
+
+    Raises ModelError for NaN outputs; GradientError, one of its kind, where gradients do not pass.
     """
     watch = _Watch([site for site in sites if site.weight.dim() > 1])
     parameters = [getattr(*site.uses[0]) for site in sites]
     squares = [0.0] * len(sites)
     generator = torch.Generator().manual_seed(0)
     predictions = 0
-    with evaluating(model), unfused(), _unfused_recurrence(model), _differentiable(model):
-        for batch in batches:
-            with torch.enable_grad(), watch:
+    with (
+        evaluating(model),
+        unfused(),
+        _unfused_recurrence(model),
+        _differentiable(model),
+        torch.set_grad_enabled(draws > 0),
+    ):
+        for number, batch in enumerate(batches, 1):
+            with watch, _passable(model, draws):
                 watch.backward = False
                 outputs = task.predict(model, batch)
                 watch.backward = True
@@ -85,12 +97,27 @@ def curvature(
                     for place, gradient in enumerate(gradients):
                         if gradient is not None:
                             squares[place] += float(gradient.double().square().mean())
+            check_outputs(outputs.detach(), model, f"calibration batch {number}")
             predictions += len(outputs)
     share = 1 / max(1, predictions * draws)
     return {
         site.name: Curvature(square * share, *watch.found(site))
         for site, square in zip(sites, squares, strict=True)
     }
+
+
+@contextmanager
+def _passable(model: nn.Module, draws: int) -> Iterator[None]:
+    """Says so where torch has no gradient to give."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not draws:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GradientError(
+            f"gradients do not pass through {type(model).__name__}: {reason}"
+        ) from error
 
 
 @contextmanager
@@ -129,6 +156,7 @@ class _Watch(Watching):  # type: ignore[no-untyped-call]
         self._totals: dict[tuple[str, str], Tensor] = {}
         self._met: dict[tuple[str, str], int] = {}
         self._looked: dict[int, str] = {}
+        self._generator = torch.Generator().manual_seed(0)
 
     def found(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
         """Means of the second moments of inputs (or of what was looked up), and of gradients."""
@@ -181,21 +209,20 @@ class _Watch(Watching):  # type: ignore[no-untyped-call]
         _: list[int],
         groups: int,
     ) -> None:
-        flat = weight.dim() - 2
-        if transposed or flat > 2:
+        if transposed or weight.dim() > 4:
             return
-        lengths = list(weight.shape[2:])
-        if flat == 1:
-            inputs, lengths = inputs[:, :, None], [1, *lengths]
+        if weight.dim() == 3:
+            inputs, weight = inputs[:, :, None], weight[:, :, None]
             stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-        each = max(1, _MOST // max(1, inputs[0].numel() * math.prod(lengths)))
-        for piece in torch.split(inputs.detach(), each):
-            columns = functional.unfold(
-                piece, tuple(lengths), tuple(dilation), tuple(padding), tuple(stride)
-            )
-            # (samples, groups * n, places) -> (groups, samples * places, n)
-            apart = columns.reshape(len(piece), groups, -1, columns.shape[-1]).permute(1, 0, 3, 2)
-            self._add(site.name, apart.reshape(groups, -1, apart.shape[-1]))
+        seen = _patches(inputs.detach(), weight.shape[2:], stride, padding, dilation)
+        height, width = seen.shape[2:4]
+        places = torch.arange(height * width)
+        if len(places) > _PLACES:
+            places = torch.randperm(len(places), generator=self._generator)[:_PLACES]
+        # (samples, groups * n, places) -> (groups, samples * places, n)
+        taken = seen[:, :, places // width, places % width].permute(1, 3, 4, 0, 2)
+        apart = taken.reshape(groups, -1, len(inputs) * len(places)).transpose(1, 2)
+        self._add(site.name, apart)
 
     def _convolution_gradient(
         self, site: Site, gradient: Tensor, *, transposed: bool, groups: int
@@ -216,6 +243,27 @@ class _Watch(Watching):  # type: ignore[no-untyped-call]
         key = name, what or ("gradients" if self.backward else "inputs")
         self._totals[key] = self._totals[key] + products if key in self._totals else products
         self._met[key] = self._met.get(key, 0) + values.shape[1]
+
+
+def _patches(
+    inputs: Tensor,
+    kernel: Sequence[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """A view of what each place meets, (samples, channels, height, width, *kernel)."""
+    padded = functional.pad(inputs, (padding[1], padding[1], padding[0], padding[0])).contiguous()
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    sizes = [(n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, stride, strict=True)]
+    steps = padded.stride()
+    return padded.as_strided(
+        (*padded.shape[:2], *sizes, *kernel),
+        (
+            *(*steps[:2], steps[2] * stride[0], steps[3] * stride[1]),
+            *(steps[2] * dilation[0], steps[3] * dilation[1]),
+        ),
+    )
 
 
 _PRODUCTS = {_aten.addmm.default: (1, 2), _aten.mm.default: (0, 1), _aten.bmm.default: (0, 1)}

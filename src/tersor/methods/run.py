@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from tersor.errors import CompressError, OptionError
+from tersor.methods.effects import Known
 from tersor.methods.order import check_order
 from tersor.methods.table import TABLE
 from tersor.recipe import Recipe, Step, check_options, recipe_of
@@ -23,13 +24,20 @@ Steps = Recipe | Sequence[Step | dict[str, Any]]
 
 
 def run(
-    model: nn.Module, recipe: Steps, task: Task | None = None, *, original: nn.Module | None = None
+    model: nn.Module,
+    recipe: Steps,
+    task: Task | None = None,
+    *,
+    original: nn.Module | None = None,
+    known: Known | None = None,
 ) -> nn.Module:
     """Applies a recipe to a copy of `model` and returns the copy; `model` stays as it is.
 
     recipe: a Recipe, or a list of steps such as {"method": "quantize.rtn", "options": {"bits": 4}}
     task: data for the steps that ask for it
     original: the network to stay close to, where that is not `model`
+    known: what was found out about `model` with `task`, for a first step that asks for it (`look`
+        of quantize.entropy): running many recipes then does not find it out each time
 
     Raises OptionError before anything is done for an unknown method or option, a value that does
     not fit, or an order that cannot work. An error inside a step says which step it was.
@@ -43,9 +51,12 @@ def run(
     for number, step in enumerate(steps, 1):
         function = TABLE[step.method]
         where = _where(number, steps)
-        options = dict(step.options)
-        if "original" in signature(function).parameters:
+        options, asked = dict(step.options), signature(function).parameters
+        if "original" in asked:
             options["original"] = model if original is None else original
+        # Later steps see another network.
+        if "known" in asked and number == 1:
+            options["known"] = known
         try:
             out = function(out, task, **options)
         except CompressError as error:

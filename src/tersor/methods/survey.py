@@ -1,15 +1,13 @@
-"""What must be known of each weight before its codes can be chosen: what errors do, and its step.
+"""Each weight as the search for its codes sees it: its effects, its zeros and its step.
 
-Both follow from the curvature of the task's divergence. An error in one column can be made up for
-in later columns, since inputs resemble each other, and in later rows, since gradients do; how
-finely a weight must be stored depends on what is left of its curvature then.
+Steps follow from what feedback leaves of each weight's curvature.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +18,9 @@ from tersor.errors import OptionError
 from tersor.forms import Trellis
 from tersor.forms.form import rows
 from tersor.forms.trellis import narrowest
-from tersor.measure.curvature import Curvature, curvature
+from tersor.measure.curvature import Curvature
 from tersor.methods import rates
+from tersor.methods.effects import Effect, Known, effects, learn
 from tersor.methods.search import Terms, search
 from tersor.methods.sparse import sparse_form
 from tersor.surgery.hold import bake, release
@@ -30,26 +29,8 @@ from tersor.task import Task
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Shares of the mean energy that are added to each input's own (as in GPTQ) and each output's own.
-# Gradients are drawn, so their moments are noisier.
-_ALONG, _ACROSS = 0.01, 0.5
 # How much of a curvature is believed where weights are compared: it holds for small errors only.
-_TRUST = 0.5
-# Vectors are few: an error a quarter of what pays makes theirs next to nothing at 1 bit more each.
-_FINER = 1.5
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What errors do along one side of a weight: feedback and weights of `Terms`.
-
-    weights: with a mean of 1
-    kept: mean of the weights against that of the curvature itself; what feedback cannot make up for
-    """
-
-    weights: Array
-    feedback: Array | None = None
-    kept: float = 1.0
+_TRUST = 0.75
 
 
 @dataclass
@@ -116,10 +97,11 @@ class Vector:
 
 @dataclass
 class Survey:
-    """Everything to be stored, and what is known of it."""
+    """Everything to be stored, and what is known of it; nothing is without a task."""
 
     weights: list[Weight]
-    vectors: list[Vector] = field(default_factory=list)
+    vectors: list[Vector]
+    known: Known | None = None
 
 
 def survey(
@@ -128,59 +110,53 @@ def survey(
     sites: Sequence[Site],
     vectors: Sequence[Site],
     samples: int,
+    known: Known | None = None,
 ) -> Survey:
-    """Looks at every weight and vector. Without a task, weights have one step and no effects."""
+    """Looks at every weight and vector. Without a task, steps are those of `blind_step`.
+
+    samples: calibration inputs to use, at most
+    known: what was learned of the same network and task before; of other samples it is no use
+    """
     found = Survey([_weight(site) for site in sites], [Vector(site) for site in vectors])
     if task is None:
+        for weight in found.weights:
+            weight.step = blind_step(_rms(weight.matrix), weight.matrix.size)
         return found
-    curved = curvature(model, task, task.calibration(samples), [*sites, *vectors])
-    left = []
+    if known is None or known.samples != samples:
+        known = learn(model, task, sites, vectors, samples)
+    found.known = known
     for weight in found.weights:
-        curve = curved[weight.site.name]
-        weight.effects = effects(weight.matrix.shape, curve)
-        kept = np.mean([along.kept * across.kept for along, across in weight.effects])
-        left.append(curve.own * float(kept))
-    middle = _set_steps(found.weights, left)
+        weight.effects = known.effects[weight.site.name]
+    middle = _set_steps(found.weights, [known.left[weight.site.name] for weight in found.weights])
     for vector in found.vectors:
-        own = curved[vector.site.name].own
+        own = known.own[vector.site.name]
         if own > 0 and middle > 0:
             # A lone grid's error is 1/12 of its step squared, a trellis's 1/4.
-            vector.step = math.sqrt(3 * middle / own) / _FINER
+            vector.step = math.sqrt(3 * middle / own)
     return found
 
 
-def effects(shape: tuple[int, ...], curve: Curvature) -> list[tuple[Effect, Effect]]:
-    """Of each group, along the inputs and across the outputs of a weight (outputs, inputs)."""
-    known = next((len(m) for m in (curve.inputs, curve.outputs) if m is not None), 1)
-    outputs, inputs = shape[0] // known, shape[1]
-    along = _sides(curve.inputs, known, inputs, _ALONG)
-    return list(zip(along, _sides(curve.outputs, known, outputs, _ACROSS), strict=True))
+def plain_weight(name: str, matrix: Tensor, step: float = 1.0) -> Weight:
+    """A weight of no model, (outputs, inputs), of which nothing is known but its values."""
+    found = np.ascontiguousarray(matrix.float().cpu().numpy())
+    return Weight(Site(name, "", 0, ()), found, effects(found.shape, Curvature(0.0)), step=step)
 
 
-def effect_of(moments: Tensor, damping: float) -> Effect:
-    """The effect of errors whose curvature is `moments`, (n, n) and positive semidefinite.
+def blind_step(rms: float, size: int) -> float:
+    """Step of a weight of which only the values are known, relative to those of others.
 
-    With the inverse of the damped moments = U^T U, U upper triangular, an error e at i is made up
-    for by moving each later j by -e * U_ij / U_ii, and what stays of it costs e^2 / U_ii^2
-    (Frantar et al. 2022, arXiv:2210.17323, section 3.3).
+    Were a relative error in any weight as bad as in any other, the step would be proportional to
+    rms * sqrt(size): more bits for the few. The square root of it, half way to one step for all
+    where scales are concerned, is nearer to what networks want; docs/design/decisions.md has the
+    figures.
+
+    size: its elements
     """
-    wide = moments.double()
-    energy = wide.diagonal().mean().clamp(min=1e-30)
-    damped = wide + damping * energy * torch.eye(len(wide), dtype=torch.float64)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped))).T
-    own = upper.diagonal()
-    weights, feedback = own.pow(-2), (upper / own[:, None]).T.tril(-1)
-    return Effect(
-        (weights / weights.mean()).float().numpy(),
-        feedback.contiguous().float().numpy(),
-        float(weights.mean() / damped.diagonal().mean()),
-    )
+    return math.sqrt((rms or 1.0) * size)
 
 
-def _sides(moments: Tensor | None, groups: int, size: int, damping: float) -> list[Effect]:
-    if moments is None:
-        return [Effect(np.ones(size, np.float32))] * groups
-    return [effect_of(matrix, damping) for matrix in moments]
+def _rms(matrix: Array) -> float:
+    return float(np.sqrt(np.square(matrix, dtype=np.float64).mean()))
 
 
 def _weight(site: Site) -> Weight:

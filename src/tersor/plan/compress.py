@@ -15,11 +15,14 @@ from tersor.errors import BudgetError
 from tersor.measure import quality
 from tersor.plan.budget import Budget
 from tersor.plan.checks import check_job, check_reach
+from tersor.plan.coded import coded
 from tersor.plan.folder import RunFolder, run_folder
 from tersor.plan.journal import Journal, model_hash
+from tersor.plan.ladder import ladder
 from tersor.plan.progress import Bar
+from tersor.plan.route import Plan
 from tersor.plan.search import search, shortfalls
-from tersor.plan.study import measure_choices, study
+from tersor.plan.study import study
 from tersor.plan.summary import overruns, summary
 from tersor.plan.target import check_target
 from tersor.plan.trial import Bench, Point
@@ -28,9 +31,6 @@ from tersor.report import finish
 from tersor.surgery import plain_copy
 from tersor.task import Task
 from tersor.version import VERSION
-
-# Trials that a search takes, in units of one measured choice; only the progress bar depends on it.
-_TRIALS = 60
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,18 @@ def _bench(
 
 
 def _finish(bench: Bench, recipe: list[dict[str, Any]] | None) -> Result:
-    found, bar = bench.study, bench.bar
-    bar.plan(sum(len(choices) for choices in found.choices) + _TRIALS)
+    target, route = bench.budget.target, None
     if recipe is None:
-        measure_choices(found, bar)
-        point = search(bench)
+        # A runtime computes with short codes of fixed length, a file alone need not have them.
+        route = coded(bench) if target is None else ladder(bench)
+        point = search(bench, route)
     else:
         point = _given(bench, recipe)
-    bar.doing("checking the written file")
-    path = bench.write(point.recipe, bench.folder.model, bench.file_metrics(point.metrics))
-    compressed = bench.reload(path, point.recipe)
-    report = summary(bench, point, compressed, path)
-    short, target = "", bench.budget.target
+    bench.bar.doing("checking the written file")
+    path = bench.write(point.plan.recipe, bench.folder.model, bench.file_metrics(point.metrics))
+    compressed = bench.reload(path)
+    report = summary(bench, route, point, compressed, path)
+    short = ""
     if target is not None:
         figures, short = check_target(bench, compressed)
         report["exports"] = {target: figures}
@@ -155,7 +155,7 @@ def _finish(bench: Bench, recipe: list[dict[str, Any]] | None) -> Result:
 
 def _given(bench: Bench, recipe: list[dict[str, Any]]) -> Point:
     """The point of a recipe that the caller chose; the budget is still checked."""
-    point = bench.judge(bench.size(recipe, 0.0))
+    point = bench.judge(bench.attempt(Plan(recipe)))
     size, limit = bench.study.size_before, bench.budget.size
     short = shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
     if limit is not None and point.bytes > limit.resolve(size):

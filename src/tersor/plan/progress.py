@@ -8,6 +8,9 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# Trials that a search takes, in units of one measured choice.
+_TRIALS = 60
+
 
 class Bar:
     """Counts units of work on standard error; draws nothing where that is no terminal."""
@@ -43,8 +46,8 @@ class Bar:
         self._progress.stop()
 
     def plan(self, units: int) -> None:
-        """States how many units the whole run is expected to take."""
-        self._progress.update(self._task, total=units)
+        """States how many units come before the first trial."""
+        self._progress.update(self._task, total=units + _TRIALS)
 
     def doing(self, what: str) -> None:
         """Says what is being done now."""

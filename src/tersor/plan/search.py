@@ -7,138 +7,112 @@ from math import ceil, exp, log
 import numpy as np
 
 from tersor.errors import BudgetError
-from tersor.plan.allocate import allocate
 from tersor.plan.budget import Budget
-from tersor.plan.choices import recipe_for
+from tersor.plan.route import Route
 from tersor.plan.trial import Bench, Point
 from tersor.task import Metric, Task
 
 # The final file differs from its trial in the digits of the metrics it carries.
 _MARGIN = 96
-_FITS = 8
-_HALVINGS = 7
+_FITS, _NEAR = 8, 250
+_HALVINGS = 8
 
 
-def search(bench: Bench) -> Point:
+def search(bench: Bench, route: Route) -> Point:
     """The point that meets the budget's size and quality limits.
 
     With a size limit the bytes are spent on quality; with only quality limits the file is made as
     small as they allow. Raises BudgetError with how near it came and which limit binds.
     """
     if bench.budget.size is None:
-        return smallest(bench)
+        return smallest(bench, route)
     limit = int(bench.budget.size.resolve(bench.study.size_before))
-    point = bench.judge(fit(bench, limit))
-    short = shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
-    return _otherwise(bench, point, short, limit) if short else point
+    point = bench.judge(fit(bench, route, limit))
+    short = _short(bench, point)
+    return _otherwise(bench, route, point, short, limit) if short else point
 
 
-def fit(bench: Bench, limit: int) -> Point:
-    """The point of least loss whose file has at most `limit` bytes."""
-    options = bench.study.options()
-    least = sum(min(size for size, _ in choices) for choices in options)
-    payload, last = limit - _MARGIN, -1
-    best: Point | None = None
-    nearest: Point | None = None
-    for _ in range(_FITS):
-        payload = max(payload, least)
-        if payload == last:
+def fit(bench: Bench, route: Route, limit: int) -> Point:
+    """The point that spends most of a file of at most `limit` bytes: a secant over written ones."""
+    goal = limit - _MARGIN
+    payload, tried = float(goal), list[Point]()
+    while len(tried) < _FITS:
+        plan = route.propose(int(min(max(payload, route.least), route.most)))
+        if any(plan.recipe == point.plan.recipe for point in tried):
             break
-        point, last = propose(bench, payload), payload
-        slack = limit - _MARGIN - point.bytes
-        if slack < 0:
-            nearest = point if nearest is None or point.bytes < nearest.bytes else nearest
-        elif best is None or point.loss < best.loss:
-            best = point
-        # Near enough, or growing no longer helps.
-        if best is not None and (best is not point or point.loss == 0 or slack < limit // 500):
+        point = bench.attempt(plan)
+        tried.append(point)
+        # Near enough, or more bytes would not help.
+        if point.bytes <= goal and (goal - point.bytes <= limit // _NEAR or plan.expected == 0):
             break
-        # What was spent, not what was allowed: a near miss must not repeat the allocation.
-        payload = slack + (payload if slack > 0 else min(payload, _spent(bench, point)))
-    if best is None:
-        reached = (nearest.bytes if nearest else least) + _MARGIN
+        # Towards the middle of what is near enough: sizes scatter by a fraction of a percent.
+        payload = _next(tried, goal, goal - limit // _NEAR // 2)
+    fitting = [point for point in tried if point.bytes <= goal]
+    if not fitting:
+        reached = min(point.bytes for point in tried) + _MARGIN
         raise BudgetError(
             f"size={bench.budget.size} allows {limit:,} bytes, but the smallest file that these "
             f"methods reach takes {reached:,} bytes; the size limit binds: ask for "
             f"{_asking(bench, reached)} or more"
         )
-    return best
+    return max(fitting, key=lambda point: point.plan.spent)
 
 
-def smallest(bench: Bench) -> Point:
+def _next(tried: list[Point], goal: int, aim: int) -> float:
+    """Bytes of weights for which the file should have `aim` bytes, between what was tried."""
+    last = tried[-1]
+    slope = 1.0
+    for other in reversed(tried[:-1]):
+        apart = last.plan.spent - other.plan.spent
+        # Of neighbours the sizes differ by chance.
+        if abs(apart) > last.plan.spent / 50:
+            slope = min(max((last.bytes - other.bytes) / apart, 0.25), 4.0)
+            break
+    payload = last.plan.spent + (aim - last.bytes) / slope
+    below = max((p.plan.spent for p in tried if p.bytes <= goal), default=0)
+    above = min((p.plan.spent for p in tried if p.bytes > goal), default=float("inf"))
+    if below < payload < above:
+        return payload
+    return (below + above) / 2 if above < float("inf") else below + 1
+
+
+def smallest(bench: Bench, route: Route) -> Point:
     """The smallest file that meets the quality limits, by bisection over the weights' bytes."""
-    options = bench.study.options()
-    low = float(sum(min(size for size, _ in choices) for choices in options))
-    high = float(sum(choices[0][0] for choices in options))
-    best: Point | None = None
     if not bench.budget.limits_quality:
         # Neither a size nor a quality limit: the others do not depend on how weights are stored.
-        return bench.judge(propose(bench, int(_lossless_like(options))))
-    nearest: Point | None = None
-    edges = [low, _lossless_like(options)]
+        return bench.judge(bench.attempt(route.propose(route.ample)))
+    best: Point | None = None
+    low, high = log(route.least), log(route.ample)
     for _ in range(_HALVINGS):
-        middle = exp((log(edges[0]) + log(edges[1])) / 2)
-        point = bench.judge(propose(bench, ceil(middle)))
-        if shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task):
-            edges[0], nearest = middle, point
+        middle = (low + high) / 2
+        point = bench.judge(bench.attempt(route.propose(ceil(exp(middle)))))
+        if _short(bench, point):
+            low = middle
         else:
-            edges[1], best = middle, point if best is None or point.bytes < best.bytes else best
-    if best is None:
-        for payload in (edges[1], high):
-            point = bench.judge(propose(bench, int(payload)))
-            short = shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
-            if not short:
-                return point
-            nearest = point
-        short = shortfalls(
-            nearest.metrics if nearest else {}, bench.study.before, bench.budget, bench.study.task
-        )
-        raise BudgetError(
-            f"no file meets the budget {bench.budget}: at {nearest.bytes if nearest else 0:,} "
-            f"bytes {short}; "
-            "that limit binds even with the weights unchanged, so relax it"
-        )
-    return best
-
-
-def propose(bench: Bench, payload: int) -> Point:
-    """The allocation of least loss within `payload` bytes of weights, written to a file."""
-    options = bench.study.options()
-    taken = allocate(options, payload)
-    picked = [
-        (site, choices[t])
-        for site, choices, t in zip(bench.study.sites, bench.study.choices, taken, strict=True)
-    ]
-    recipe = recipe_for(picked)
-    if recipe and bench.study.corrects_norms:
-        recipe.append({"method": "recover.batchnorm", "options": {}})
-    loss = sum(choices[t][1] for choices, t in zip(options, taken, strict=True))
-    return bench.size(recipe, loss, {site.name: choice.label for site, choice in picked})
-
-
-def front(bench: Bench, point: Point, steps: int = 10) -> list[tuple[int, float]]:
-    """(bytes, loss) that the allocation expects for files from the smallest to 8-bit codes."""
-    options = bench.study.options()
-    least = sum(min(size for size, _ in choices) for choices in options)
-    rest = point.bytes - _spent(bench, point)
-    found = []
-    for payload in np.geomspace(least, max(least, _lossless_like(options)), steps):
-        # Upwards: the logarithm's last digit must not make the least too little.
-        taken = allocate(options, ceil(payload))
-        picked = [choices[t] for choices, t in zip(options, taken, strict=True)]
-        found.append((rest + sum(size for size, _ in picked), sum(loss for _, loss in picked)))
-    return found
-
-
-def _spent(bench: Bench, point: Point) -> int:
-    """Bytes of the weights as they were chosen for `point`."""
-    study = bench.study
-    return sum(
-        size
-        for site, choices, sizes in zip(study.sites, study.choices, study.sizes, strict=True)
-        for choice, size in zip(choices, sizes, strict=True)
-        if choice.label == point.labels[site.name]
+            high, best = middle, point if best is None or point.bytes < best.bytes else best
+    if best is not None:
+        return best
+    for payload in (route.ample, route.most):
+        point = bench.judge(bench.attempt(route.propose(payload)))
+        if not (short := _short(bench, point)):
+            return point
+    raise BudgetError(
+        f"no file meets the budget {bench.budget}: at {point.bytes:,} bytes {short}; "
+        "that limit binds even with the weights unchanged, so relax it"
     )
+
+
+def front(route: Route, point: Point, steps: int = 10) -> list[tuple[int, float]]:
+    """(bytes, divergence) that the route expects of files from the least to ample ones."""
+    rest = point.bytes - point.plan.spent
+    # Upwards: the logarithm's last digit must not make the least too little.
+    payloads = [ceil(p) for p in np.geomspace(route.least, max(route.least, route.ample), steps)]
+    plans = [route.propose(payload) for payload in payloads]
+    return [(rest + p.spent, p.expected) for p in plans if p.expected is not None]
+
+
+def _short(bench: Bench, point: Point) -> str:
+    return shortfalls(point.metrics, bench.study.before, bench.budget, bench.study.task)
 
 
 def shortfalls(
@@ -177,7 +151,7 @@ def quality_limits(before: dict[str, float], budget: Budget, task: Task) -> dict
     return limits
 
 
-def _otherwise(bench: Bench, point: Point, short: str, limit: int) -> Point:
+def _otherwise(bench: Bench, route: Route, point: Point, short: str, limit: int) -> Point:
     """The smallest file that keeps the quality, if that fits after all.
 
     Metrics on few samples are noisy: a plan of more loss now and then keeps what one of less lost.
@@ -185,7 +159,7 @@ def _otherwise(bench: Bench, point: Point, short: str, limit: int) -> Point:
     """
     said = f"at {point.bytes:,} bytes ({point.bytes / bench.study.size_before:.3f}x) {short}"
     try:
-        enough = smallest(bench)
+        enough = smallest(bench, route)
     except BudgetError as error:
         raise BudgetError(
             f"{said}; no size met the quality limits, so they bind: relax them"
@@ -205,8 +179,3 @@ def _asking(bench: Bench, size: int) -> str:
         return f"size={size}"
     # One thousandth above: the budget's own text is in the file, and may be longer then.
     return f"size={(ceil(1000 * size / bench.study.size_before) + 1) / 1000:.3f}x"
-
-
-def _lossless_like(options: list[list[tuple[int, float]]]) -> float:
-    """Bytes with every weight at its best choice below the unchanged one (8-bit codes, usually)."""
-    return float(sum(min(choices[1:] or choices, key=lambda c: c[1])[0] for choices in options))

@@ -7,23 +7,34 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tersor.codec import Header, coded_bytes, read_header
+from tersor.forms import Dense, Trellis
+from tersor.forms.form import Form
 from tersor.measure import batch_of, compare, latency_ab, macs, peak_memory, size
 from tersor.plan.budget import Budget
+from tersor.plan.route import Route
 from tersor.plan.search import front
 from tersor.plan.study import Study
 from tersor.plan.trial import Bench, Point
 from tersor.recipe import recipe_of
+from tersor.surgery.walk import Site, walk
 from tersor.version import VERSION
 
 
-def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> dict[str, Any]:
-    """The report as data; see docs/guide/report.md for its keys."""
+def summary(
+    bench: Bench, route: Route | None, point: Point, compressed: nn.Module, path: Path
+) -> dict[str, Any]:
+    """The report as data; see docs/guide/report.md for its keys.
+
+    route: that the search took; None for a given recipe
+    """
     found = bench.study
     after = path.stat().st_size
     report: dict[str, Any] = {
@@ -45,15 +56,9 @@ def summary(bench: Bench, point: Point, compressed: nn.Module, path: Path) -> di
         },
         "before": {"bytes": found.size_before, "metrics": found.before},
         "after": {"bytes": after, "metrics": point.metrics},
-        "layers": _layers(found, point, compressed),
-        "sensitivity": [
-            {"layer": site.name, "option": choice.label, "bytes": nbytes, "divergence": loss}
-            for site, choices, sizes, losses in zip(
-                found.sites, found.choices, found.sizes, found.losses, strict=False
-            )
-            for choice, nbytes, loss in zip(choices, sizes, losses, strict=True)
-        ],
-        "points": _points(bench, point),
+        "layers": _layers(found, point, compressed, path),
+        "sensitivity": route.sensitivity(compressed) if route else [],
+        "points": _points(bench, route, point),
         "recipe": recipe_of(compressed).as_json(),
         # The task adds notes of its own while it looks at the model's answers.
         "notes": list(dict.fromkeys([*(found.task.notes if found.task else ()), *found.notes])),
@@ -123,12 +128,13 @@ def _costs(found: Study, compressed: nn.Module) -> dict[str, Any]:
     }
 
 
-def _layers(found: Study, point: Point, compressed: nn.Module) -> list[dict[str, Any]]:
-    """One row a weight: what it was and what it is stored as."""
-    stored = {t.name: t for t in size(compressed).tensors}
+def _layers(found: Study, point: Point, compressed: nn.Module, path: Path) -> list[dict[str, Any]]:
+    """One row a weight: what it was, what it is stored as, and its bytes in the file."""
+    stored = {site.name: site for site in walk(compressed)}
+    taken = _bytes_of(stored.values(), read_header(path))
     rows = []
     for site in found.sites:
-        tensor = stored.get(site.name)
+        form = stored[site.name].form if site.name in stored else None
         rows.append(
             {
                 "name": site.name,
@@ -136,39 +142,53 @@ def _layers(found: Study, point: Point, compressed: nn.Module) -> list[dict[str,
                 "shape": list(site.weight.shape),
                 "parameters": site.weight.numel(),
                 "bytes_before": site.weight.numel() * site.weight.element_size(),
-                "bytes_after": -(-tensor.bits // 8) if tensor else None,
-                "form": tensor.form if tensor else None,
-                "option": point.labels.get(site.name),
+                "bytes_after": taken.get(site.name),
+                "form": form.kind if form else str(site.weight.dtype).removeprefix("torch."),
+                "option": point.plan.labels.get(site.name) or _step(form),
             }
         )
     return rows
 
 
-def _points(bench: Bench, chosen: Point) -> list[dict[str, Any]]:
-    """Files that were written, and where the allocation expects the front between them."""
-    tried = {json.dumps(p.recipe): p for p in [*bench.written, *bench.points, chosen]}
+def _bytes_of(sites: Iterable[Site], header: Header) -> dict[str, int]:
+    """Bytes of each weight in the file.
+
+    Small weights share a chunk; their part of all is what each would take by itself.
+    """
+    entries = {name: entry for entry in header.entries for name in entry.names}
+    alone = {
+        site.name: coded_bytes(site.form or Dense(site.weight, site.weight.dtype))
+        for site in sites
+        if site.name in entries
+    }
+    together = sum(header.stored_bytes(entries[name]) for name in alone)
+    share = together / max(1, sum(alone.values()))
+    return {name: round(share * size) for name, size in alone.items()}
+
+
+def _step(form: Form | None) -> str | None:
+    """ "0.031 step", for a form that has one."""
+    return f"{float(form.step.mean()):.2g} step" if isinstance(form, Trellis) else None
+
+
+def _points(bench: Bench, route: Route | None, chosen: Point) -> list[dict[str, Any]]:
+    """Files that were written, and where the route expects the front between them."""
+    tried = {json.dumps(point.plan.recipe): point for point in [*bench.points, chosen]}
     rows = [
         {
-            "bytes": p.bytes,
-            "divergence": p.loss,
-            "metrics": p.metrics,
-            "chosen": p == chosen,
+            "bytes": point.bytes,
+            "divergence": point.divergence,
+            "metrics": point.metrics,
+            "chosen": point == chosen,
             "note": "",
         }
-        for p in tried.values()
+        for point in tried.values()
     ]
-    if bench.study.losses:
-        rows += [
-            {
-                "bytes": nbytes,
-                "divergence": loss,
-                "metrics": {},
-                "chosen": False,
-                "note": "expected",
-            }
-            for nbytes, loss in front(bench, chosen)
-        ]
-    return rows
+    expected = front(route, chosen) if route else []
+    return rows + [
+        {"bytes": size, "divergence": loss, "metrics": {}, "chosen": False, "note": "expected"}
+        for size, loss in expected
+    ]
 
 
 def _command() -> str | None:

@@ -17,10 +17,12 @@ from tersor.codec import load, save
 from tersor.errors import ExportError, ModelError
 from tersor.measure import quality
 from tersor.methods import run
+from tersor.methods.effects import Known
 from tersor.plan.budget import Budget
 from tersor.plan.folder import RunFolder
 from tersor.plan.progress import Bar
-from tersor.plan.study import Study
+from tersor.plan.route import Plan, Rows
+from tersor.plan.study import Study, divergence
 from tersor.program import Program, program_of
 from tersor.program.inputs import Arguments
 from tersor.program.of_model import call_arguments
@@ -29,24 +31,26 @@ from tersor.version import VERSION
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe that was tried.
+    """One plan that was tried.
 
     bytes: of the file it gave
-    loss: what the allocation promised, the sum of the measured divergences
-    labels: weight -> the choice it got
+    divergence: of that file's model on held-out inputs; None where there are none
     metrics: measured on the reloaded file; empty where only its size was needed
     """
 
-    recipe: list[dict[str, Any]]
+    plan: Plan
     bytes: int
-    loss: float
-    labels: dict[str, str] = field(default_factory=dict)
+    divergence: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Bench:
-    """Where recipes are tried: the study, the folder, and what every written file carries."""
+    """Where recipes are tried: the study, the folder, and what every written file carries.
+
+    known: what was found out about the model before, for recipes that would find it out again
+    points: all that were tried
+    """
 
     study: Study
     folder: RunFolder
@@ -54,21 +58,25 @@ class Bench:
     profile: str
     seed: int
     bar: Bar
+    known: Known | None = None
     program: Any = None
     traceable: bool = True
-    written: list[Point] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
+    _applied: tuple[Rows, nn.Module] | None = None
 
-    def size(
-        self, recipe: list[dict[str, Any]], loss: float, labels: dict[str, str] | None = None
-    ) -> Point:
-        """Writes the recipe's file and says how large it is."""
-        size = self.study.journal.recall(
-            {"what": "size", **self._trial_key(recipe)},
-            lambda: self._write(recipe, self.trial(recipe)).stat().st_size,
-        )
-        point = Point(recipe, int(size), loss, labels or {})
-        self.written.append(point)
+    def attempt(self, plan: Plan) -> Point:
+        """Writes the plan's file, and measures its size and how far the answers moved."""
+        recipe, recall = plan.recipe, self.study.journal.recall
+        key = self._trial_key(recipe)
+        size = recall({"what": "size", **key}, lambda: self._trial(recipe).stat().st_size)
+
+        def measure() -> float | None:
+            self.bar.doing(f"measuring a file of {size:,} bytes")
+            return divergence(self.study, self._reloaded(recipe))
+
+        point = Point(plan, int(size), recall({"what": "divergence", **key}, measure))
+        self.points.append(point)
+        self.bar.advance(5)
         return point
 
     def judge(self, point: Point) -> Point:
@@ -78,40 +86,49 @@ class Bench:
             return point
 
         def measure() -> dict[str, float]:
-            model = self.reload(self.trial(point.recipe), point.recipe)
+            model = self._reloaded(point.plan.recipe)
             return {name: estimate.value for name, estimate in quality(model, task).items()}
 
         self.bar.doing(f"measuring a file of {point.bytes:,} bytes")
-        key = {"what": "quality", **self._trial_key(point.recipe)}
+        key = {"what": "quality", **self._trial_key(point.plan.recipe)}
         judged = replace(point, metrics=self.study.journal.recall(key, measure))
-        self.points.append(judged)
-        self.bar.advance(10)
+        self.points = [judged if other == point else other for other in self.points]
+        self.bar.advance(5)
         return judged
 
-    def trial(self, recipe: list[dict[str, Any]]) -> Path:
-        """The file of a recipe that is being tried."""
-        text = json.dumps(self._trial_key(recipe), sort_keys=True)
-        return self.folder.trial(hashlib.sha256(text.encode()).hexdigest()[:12])
-
-    def _trial_key(self, recipe: list[dict[str, Any]]) -> dict[str, Any]:
+    def _trial_key(self, recipe: Rows) -> dict[str, Any]:
         """All that the bytes of a trial's file depend on."""
         settings = {"budget": str(self.budget), "profile": self.profile, "seed": self.seed}
-        return {**self.study.key, **settings, "recipe": recipe}
+        return {"tersor": VERSION, **self.study.key, **settings, "recipe": recipe}
 
-    def reload(self, path: Path, recipe: list[dict[str, Any]]) -> nn.Module:
-        """The model as a user will get it: from the file, written again if a killed run lost it."""
-        if not path.exists():
-            self._write(recipe, path)
+    def _trial(self, recipe: Rows) -> Path:
+        """The file of a recipe that is being tried, written again if a killed run lost it."""
+        text = json.dumps(self._trial_key(recipe), sort_keys=True)
+        path = self.folder.trial(hashlib.sha256(text.encode()).hexdigest()[:12])
+        if path.exists():
+            return path
+        self.bar.doing("writing a trial file")
+        # Placeholders of the final length, so that the size of the trial is the size of the result.
+        return self.write(recipe, path, self.file_metrics(self.study.before))
+
+    def _reloaded(self, recipe: Rows) -> nn.Module:
+        return self.reload(self._trial(recipe))
+
+    def reload(self, path: Path) -> nn.Module:
+        """The model as a user will get it: from the file."""
         if self.program is None and self.traceable:
             self.trace()
         return load(path) if self.traceable else load(path, into=deepcopy(self.study.model))
 
-    def apply(self, recipe: list[dict[str, Any]]) -> nn.Module:
-        """The model after the recipe, in memory."""
-        model = self.study.model
-        return run(model, recipe, self.study.task) if recipe else deepcopy(model)
+    def apply(self, recipe: Rows) -> nn.Module:
+        """The model after the recipe, in memory; the last one is kept, for it is often the best."""
+        if self._applied is None or self._applied[0] != recipe:
+            model, task = self.study.model, self.study.task
+            done = run(model, recipe, task, known=self.known) if recipe else deepcopy(model)
+            self._applied = recipe, done
+        return self._applied[1]
 
-    def write(self, recipe: list[dict[str, Any]], path: Path, metrics: dict[str, Any]) -> Path:
+    def write(self, recipe: Rows, path: Path, metrics: dict[str, Any]) -> Path:
         """Writes the recipe's file with the metrics in it."""
         if self.program is None and self.traceable:
             self.trace()
@@ -164,11 +181,6 @@ class Bench:
                 arguments.flatten(*call_arguments(inputs))
             except ModelError as error:
                 raise ExportError(f"its graph would not take all of the data ({error})") from error
-
-    def _write(self, recipe: list[dict[str, Any]], path: Path) -> Path:
-        self.bar.doing("writing a trial file")
-        # Placeholders of the final length, so that the size of the trial is the size of the result.
-        return self.write(recipe, path, self.file_metrics(self.study.before))
 
     def file_metrics(self, after: dict[str, float]) -> dict[str, dict[str, float]]:
         """What the file says about itself: the metrics before and after, to six digits."""

@@ -13,19 +13,12 @@ def rans_encode(symbols: _Array, tables: _Array, frequency: _Array, table_bits: 
 def fast_decode(data: _Array, shapes: _Array, codes: _Array) -> None: ...
 def huffman_bits(symbols: _Array, lengths: list[int]) -> bytes: ...
 def huffman_decode(data: _Array, codes: _Array) -> None: ...
-def join_floats(exponents: _Array, rest: _Array, out: _Array, center: int) -> None: ...
-def search(
-    levels: _Array,
-    feedback: _Array,
-    weights: _Array,
-    row_feedback: _Array,
-    row_weights: _Array,
-    classes: _Array,
-    bits: _Array,
-    zeros: _Array,
-    trellis: list[int],
-    rate: float,
-    codes: _Array,
-    costs: _Array,
-    threads: int,
+def bfloat16_decode(
+    data: _Array, shapes: _Array, rest: _Array, center: int, out: _Array
+) -> None: ...
+def float16_decode(
+    data: _Array, shapes: _Array, rest: _Array, center: int, out: _Array
+) -> None: ...
+def float32_decode(
+    data: _Array, shapes: _Array, rest: _Array, center: int, out: _Array
 ) -> None: ...

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tersor.codec.coders import rans, static
-from tersor.codec.coders.adaptive import Array, Data
+from tersor.codec.coders.adaptive import Array, Data, as_array
 from tersor.codec.coders.native import native
 from tersor.codec.coders.neighbours import Shape
 
@@ -48,14 +48,16 @@ def decode_floats(data: Data, shape: tuple[int, int], *, kind: str) -> Bits:
     coded, planes = static.parted(memoryview(data)[1:])
     if len(planes) != size * (width // 8 - 1):
         raise ValueError("has planes of the wrong size")
-    codes = np.empty(size, np.int8)
-    rans.decode(coded, [_shape(shape)], codes)
     rest = np.frombuffer(planes, np.uint8)
     compiled = native()
-    if compiled is not None and kind != "float16":
-        compiled.join_floats(codes, rest, out, data[0])
-    else:
-        out[:] = _joined(codes.view(np.uint8) + np.uint8(data[0]), rest.reshape(-1, size), kind)
+    if compiled is not None:
+        joined = getattr(compiled, f"{kind}_decode")
+        shapes = as_array([_shape(shape)])
+        joined(np.frombuffer(coded, np.uint8), shapes, rest, data[0], out)
+        return out.reshape(shape)
+    codes = np.empty(size, np.int8)
+    rans.decode(coded, [_shape(shape)], codes)
+    out[:] = _joined(codes.view(np.uint8) + np.uint8(data[0]), rest.reshape(-1, size), kind)
     return out.reshape(shape)
 
 

@@ -103,7 +103,7 @@ class Small:
 
     def look(self, near: Neighbours) -> None:
         self._level = (near.odd, level(near.expected, 4, MOST_LEVEL))
-        means = level(near.recent, 2, 31), level(near.of_column, 2, 31)
+        means = level(near.recent, 2, 15), level(near.of_column, 2, 15)
         self._means = None if near.shift else (near.odd, *means)
 
     def flag(self, i: int, value: int) -> int:

@@ -18,7 +18,7 @@ from tersor.codec.coders.planning import Layout, Plan, plan, positions
 from tersor.codec.coders.static import Alphabet, checked
 
 _BOTTOM = 1 << 16
-_FEW, _MANY, _MANY_SYMBOLS = 8, 32, 1 << 17
+_FEW, _MANY, _MANY_SYMBOLS = 8, 32, 1 << 16
 _LEAST_BITS, _MOST_BITS = 10, 14
 
 
