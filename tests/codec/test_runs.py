@@ -188,6 +188,22 @@ def test_indices_are_counted_from_their_median(tmp_path):
     assert max(sum(run.lengths) for run in header.runs) < 1.02 * counts
 
 
+@pytest.mark.parametrize("profile", ["fast", "small", "max"])
+def test_rows_of_zeros_cost_next_to_nothing(tmp_path, profile):
+    weight = torch.randn(256, 400)
+    dense = save(coded(weight), tmp_path / "dense.tersor", profile=profile).stat().st_size
+    weight[torch.rand(256) < 0.5] = 0
+    kept = float((weight != 0).float().mean())
+    pruned = save(coded(weight), tmp_path / "pruned.tersor", profile=profile).stat().st_size
+    assert pruned < kept * dense * 1.05
+
+
+def coded(weight):
+    """A layer of 5-bit codes without a bias."""
+    net = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    return hold(net, "weight", Affine.encode(weight, bits=5, axis=None))
+
+
 # Sizes without a file
 
 
