@@ -59,7 +59,7 @@ def test_the_graph_of_minilm_takes_less_than_two_kilobytes(tmp_path):
     assert path.stat().st_size - alone.stat().st_size < 2000
     header = read_header(alone)
     assert header.chunks_at < 1500
-    assert len(header.chunks) > 80
+    assert len(header.chunks) > 40
 
 
 def test_profiles_hold_the_same_numbers(tmp_path, resnet20):
@@ -150,8 +150,9 @@ def test_large_weights_are_cut_into_chunks_of_whole_rows(tmp_path, profile, symm
     hold(net, "weight", Affine.encode(weight, bits=4, group_size=96, symmetric=symmetric))
     path = save(net, tmp_path / "net.tersor", profile=profile)
     header = read_header(path)
-    cut = next(run for run in header.runs if run.unit)
-    assert (cut.unit, len(cut.lengths)) == (300, 5)
+    chunks = [(run.unit, len(run.lengths)) for run in header.runs if len(run.lengths) > 1]
+    # max learns from row to row, and longer than there are rows here.
+    assert chunks == {"fast": [(300, 5)], "small": [(750, 2)], "max": []}[profile]
     again = load(path, into=nn.Linear(800, 1500), threads=3)
     assert torch.equal(again.weight_form.codes, net.weight_form.codes)
     assert torch.equal(again.weight, net.weight)
