@@ -144,8 +144,8 @@ def _noted(notes: Mapping[str, Any], slots: dict[str, Slot]) -> tuple[list[Layou
     index = dict(notes.get("index", {}))
     if index and not _is_file(index["file"], ".safetensors.index.json"):
         raise ValueError(f"{index['file']!r:.60} is no name of an index")
-    if (len(found) > 1 or not found) and not index:
-        raise ValueError("several files have no index")
+    if (len(found) != 1 and not index) or (index and any(f.file is None for f in found)):
+        raise ValueError("several files have no index, or no names")
     return found, index
 
 
