@@ -26,7 +26,7 @@ _THRIFT = 4
 
 
 def coded(bench: Bench) -> Route:
-    """Looks at the network once. Bits have three decimals, so that a recipe can be read."""
+    """Looks at the network once. Bits have four digits, so that a recipe can be read."""
     found = bench.study
     weights = sum(site.weight.numel() for site in found.sites)
     unchanged = sum(site.weight.numel() * site.weight.element_size() for site in found.sites)
@@ -40,7 +40,7 @@ def coded(bench: Bench) -> Route:
     def propose(payload: int) -> Plan:
         if payload >= unchanged:
             return Plan([], unchanged)
-        bits = round(min(max(8 * payload / weights, _LEAST), _MOST), 3)
+        bits = float(f"{min(max(8 * payload / weights, _LEAST), _MOST):.4g}")
         recipe = [{"method": "quantize.entropy", "options": {"bits": bits}}]
         return Plan(recipe, round(bits * weights / 8))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil, exp, log
+from math import ceil, exp, inf, log
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from tersor.task import Metric, Task
 
 # The final file differs from its trial in the digits of the metrics it carries.
 _MARGIN = 96
-_FITS, _NEAR = 8, 250
+_FITS = 8
 _HALVINGS = 8
 
 
@@ -35,6 +35,7 @@ def search(bench: Bench, route: Route) -> Point:
 def fit(bench: Bench, route: Route, limit: int) -> Point:
     """The point that spends most of a file of at most `limit` bytes: a secant over written ones."""
     goal = limit - _MARGIN
+    near = max(limit // 200 - _MARGIN, limit // 500)
     payload, tried = float(goal), list[Point]()
     while len(tried) < _FITS:
         plan = route.propose(int(min(max(payload, route.least), route.most)))
@@ -43,10 +44,10 @@ def fit(bench: Bench, route: Route, limit: int) -> Point:
         point = bench.attempt(plan)
         tried.append(point)
         # Near enough, or more bytes would not help.
-        if point.bytes <= goal and (goal - point.bytes <= limit // _NEAR or plan.expected == 0):
+        if point.bytes <= goal and (goal - point.bytes <= near or plan.expected == 0):
             break
         # Towards the middle of what is near enough: sizes scatter by a fraction of a percent.
-        payload = _next(tried, goal, goal - limit // _NEAR // 2)
+        payload = _next(tried, goal, goal - near // 2)
     fitting = [point for point in tried if point.bytes <= goal]
     if not fitting:
         reached = min(point.bytes for point in tried) + _MARGIN
@@ -59,21 +60,21 @@ def fit(bench: Bench, route: Route, limit: int) -> Point:
 
 
 def _next(tried: list[Point], goal: int, aim: int) -> float:
-    """Bytes of weights for which the file should have `aim` bytes, between what was tried."""
+    """Bytes of weights for which the file should have `aim` bytes, by what was tried."""
     last = tried[-1]
-    slope = 1.0
+    # Of neighbours the sizes differ by chance.
+    chance, slope = last.plan.spent / 50, 1.0
     for other in reversed(tried[:-1]):
         apart = last.plan.spent - other.plan.spent
-        # Of neighbours the sizes differ by chance.
-        if abs(apart) > last.plan.spent / 50:
+        if abs(apart) > chance:
             slope = min(max((last.bytes - other.bytes) / apart, 0.25), 4.0)
             break
     payload = last.plan.spent + (aim - last.bytes) / slope
-    below = max((p.plan.spent for p in tried if p.bytes <= goal), default=0)
-    above = min((p.plan.spent for p in tried if p.bytes > goal), default=float("inf"))
-    if below < payload < above:
+    below = max((p.plan.spent for p in tried if p.bytes <= goal), default=-inf)
+    above = min((p.plan.spent for p in tried if p.bytes > goal), default=inf)
+    if below < payload < above or above - below < chance:
         return payload
-    return (below + above) / 2 if above < float("inf") else below + 1
+    return (below + above) / 2 if above < inf else below + 1
 
 
 def smallest(bench: Bench, route: Route) -> Point:
