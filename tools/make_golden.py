@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tersor.codec import save
+from tersor.codec import save, shelf
 from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM, Trellis
 from tersor.surgery import hold
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 SMALL_CHUNKS = {
     "tersor.codec.shelf.TOGETHER": 60,
-    "tersor.codec.shelf.CHUNK": {"matrix": 60, "vector": 60, "words": 60},
+    "tersor.codec.shelf.CHUNK": dict.fromkeys(shelf.CHUNK, 60),
 }
 ALONE = {"tersor.codec.runs._QUICK": 0}
 SETTINGS = {"fast": ALONE, "trellis": ALONE, "chunks": SMALL_CHUNKS}

@@ -194,6 +194,11 @@ def test_codes_too_large_for_their_type_are_refused(pieces, refused):
     refused(pieces.settle(), "chunk . holds a code too large for its type", load, verify)
 
 
+def test_only_codes_have_a_center(pieces, refused):
+    kind(pieces, "float32").append(5)
+    refused(pieces, "run . has a center")
+
+
 def test_a_stream_that_goes_on_is_refused(pieces, refused):
     for chunk in range(len(pieces.chunks)):
         longer = pieces.copy()

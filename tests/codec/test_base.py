@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attacks.forge import Pieces
-from tersor.codec import load, read_header, read_tensor, save, verify
+from tersor.codec import load, read_header, read_tensor, save, shelf, verify
 from tersor.errors import FileError
 from tersor.forms import Affine, Bitmask, Codebook, Dense, Trellis
 from tersor.surgery import hold
@@ -70,7 +70,7 @@ def test_changes_come_back_and_are_smaller(tmp_path, files):
 @pytest.mark.parametrize("name", [f"{i}.{leaf}" for i in range(6) for leaf in ("weight", "bias")])
 def test_rows_of_changes_are_read_with_rows_of_the_base(files, monkeypatch, name):
     monkeypatch.setattr("tersor.codec.shelf.TOGETHER", 100)
-    monkeypatch.setattr("tersor.codec.shelf.CHUNK", {"matrix": 200, "vector": 200, "words": 200})
+    monkeypatch.setattr("tersor.codec.shelf.CHUNK", dict.fromkeys(shelf.CHUNK, 200))
     later, base, path = files
     save(network(), base)
     save(later, path, base=base)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.codec import Http, Ranges, chunks, load, read_header, read_tensor, save, verify
+from tersor.codec import Http, Ranges, chunks, load, read_header, read_tensor, save, shelf, verify
 from tersor.errors import FileError, OptionError
 from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM, Trellis
 from tersor.surgery import hold
@@ -67,7 +67,7 @@ def test_rows_are_a_slice(tmp_path, rows):
 def large(tmp_path, monkeypatch):
     """A file whose weight lies in 6 chunks of 2 rows, between other tensors."""
     monkeypatch.setattr("tersor.codec.shelf.TOGETHER", 100)
-    monkeypatch.setattr("tersor.codec.shelf.CHUNK", {"matrix": 48, "vector": 48, "words": 48})
+    monkeypatch.setattr("tersor.codec.shelf.CHUNK", dict.fromkeys(shelf.CHUNK, 48))
     monkeypatch.setattr(chunks, "_ALONE", 0)
     net = nn.Sequential(nn.Linear(5, 5), nn.Linear(24, 12), nn.Linear(6, 6))
     for layer, bits in zip(net, (8, 4, 3), strict=True):

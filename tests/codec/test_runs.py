@@ -59,7 +59,7 @@ def test_the_graph_of_minilm_takes_less_than_two_kilobytes(tmp_path):
     assert path.stat().st_size - alone.stat().st_size < 2000
     header = read_header(alone)
     assert header.chunks_at < 1500
-    assert len(header.chunks) > 80
+    assert len(header.chunks) > 40
 
 
 def test_profiles_hold_the_same_numbers(tmp_path, resnet20):
@@ -150,8 +150,9 @@ def test_large_weights_are_cut_into_chunks_of_whole_rows(tmp_path, profile, symm
     hold(net, "weight", Affine.encode(weight, bits=4, group_size=96, symmetric=symmetric))
     path = save(net, tmp_path / "net.tersor", profile=profile)
     header = read_header(path)
-    cut = next(run for run in header.runs if run.unit)
-    assert (cut.unit, len(cut.lengths)) == (300, 5)
+    chunks = [(run.unit, len(run.lengths)) for run in header.runs if len(run.lengths) > 1]
+    # max learns from row to row, and longer than there are rows here.
+    assert chunks == {"fast": [(300, 5)], "small": [(750, 2)], "max": []}[profile]
     again = load(path, into=nn.Linear(800, 1500), threads=3)
     assert torch.equal(again.weight_form.codes, net.weight_form.codes)
     assert torch.equal(again.weight, net.weight)
@@ -186,6 +187,22 @@ def test_indices_are_counted_from_their_median(tmp_path):
     assert [kind.center for kind in header.kinds if kind.dtype is torch.uint8] in ([7], [8])
     counts = entropy(form.codes.numpy())
     assert max(sum(run.lengths) for run in header.runs) < 1.02 * counts
+
+
+@pytest.mark.parametrize("profile", ["fast", "small", "max"])
+def test_rows_of_zeros_cost_next_to_nothing(tmp_path, profile):
+    weight = torch.randn(256, 400)
+    dense = save(coded(weight), tmp_path / "dense.tersor", profile=profile).stat().st_size
+    weight[torch.rand(256) < 0.5] = 0
+    kept = float((weight != 0).float().mean())
+    pruned = save(coded(weight), tmp_path / "pruned.tersor", profile=profile).stat().st_size
+    assert pruned < kept * dense * 1.05
+
+
+def coded(weight):
+    """A layer of 5-bit codes without a bias."""
+    net = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    return hold(net, "weight", Affine.encode(weight, bits=5, axis=None))
 
 
 # Sizes without a file

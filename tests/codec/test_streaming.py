@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.codec import read_header, read_parts, read_tensor, save, save_tensors, stream
+from tersor.codec import read_header, read_parts, read_tensor, save, save_tensors, shelf, stream
 from tersor.codec import streaming as module
 from tersor.errors import FileError, ModelError
 from tersor.forms import Affine, Bitmask, Form, Trellis
@@ -77,7 +77,7 @@ def test_only_what_shares_a_chunk_is_kept_for_later(tmp_path, monkeypatch):
         asked.append(sum(header.leaves[index].plain.count for index in wanted))
         return read(source, header, wanted, threads, base)
 
-    monkeypatch.setattr("tersor.codec.shelf.CHUNK", {"matrix": 9, "vector": 9, "words": 90})
+    monkeypatch.setattr("tersor.codec.shelf.CHUNK", dict.fromkeys(shelf.CHUNK, 9) | {"words": 90})
     path = save_tensors(items, tmp_path / "x.tersor")
     monkeypatch.setattr(module, "read_leaves", counting)
     assert len(list(stream(path))) == 18

@@ -120,7 +120,8 @@ def _written(
         constants = dict(sorted(program.constants.items()))
     plain = [(name, Plain(tuple(tensor.shape), 0)) for name, tensor in constants.items()]
     earlier = None if base is None else Base(base)
-    shelf = Shelf(list(all_leaves(entries, plain)), [*tensors, *constants.values()], earlier)
+    leaves = list(all_leaves(entries, plain))
+    shelf = Shelf(leaves, [*tensors, *constants.values()], profile, earlier)
     entries, plain = typed(entries, plain, shelf.kind_of)
     if shelf.changed and earlier is not None:
         notes = notes | {"base": earlier.header.identity}

@@ -151,13 +151,13 @@ def decode_words(
     return np.frombuffer(data, width).copy()
 
 
-def word_coders(dtype: torch.dtype, *, adaptive: bool = True) -> list[str]:
-    """Those that can hold a type. adaptive: with those that take long for many"""
+def word_coders(dtype: torch.dtype, *, few: bool = True) -> list[str]:
+    """Those that can hold a type. few: with those that take too long for many"""
     found = ["zstd", "raw"]
-    if numpy_type(dtype).kind == "u":
+    if numpy_type(dtype).kind == "u" and (few or dtype not in FLOATS):
         found.insert(0, "planes")
     if dtype in FLOATS:
-        found[:0] = ["exponents", "floats"] if adaptive else ["floats"]
+        found[:0] = ["exponents", "floats"] if few else ["floats"]
     return found
 
 

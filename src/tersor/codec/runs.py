@@ -49,8 +49,8 @@ def encoded(
     parts = _parts(run)
     dtype = run.items[0].dtype
     if run.sort == "words":
-        quick = "small" in tried and run.size <= _QUICK
-        choices = ["planes"] if run.changed else word_coders(dtype, adaptive=quick)
+        few = "small" in tried and run.size <= _QUICK
+        choices = ["planes"] if run.changed else word_coders(dtype, few=few)
     else:
         choices = list(tried)
         if run.size <= _QUICK:

@@ -24,8 +24,8 @@ from tersor.codec.pack import INTEGERS, MOST_CODE, Array, checked_dtype, element
 
 TOGETHER = 2**20
 """Codes that share one chunk if a model has no more."""
-CHUNK = {"matrix": 2**18, "vector": 2**18, "words": 2**19}
-"""Elements of a chunk otherwise, about."""
+CHUNK = {"fast": 2**18, "small": 2**19, "max": 2**22, "vector": 2**18, "words": 2**19}
+"""Elements of a chunk otherwise, about; of matrices by profile, for max learns longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,13 @@ class Shelf:
     """All tensors of a file, each of a kind, and the runs that hold them."""
 
     def __init__(
-        self, leaves: Sequence[Leaf], tensors: Sequence[Tensor], base: Compared | None = None
+        self,
+        leaves: Sequence[Leaf],
+        tensors: Sequence[Tensor],
+        profile: str = "small",
+        base: Compared | None = None,
     ) -> None:
+        self._profile = profile
         self.kinds: list[Kind] = []
         self.runs: list[Planned] = []
         self._numbers: dict[Kind, int] = {}
@@ -116,7 +121,9 @@ class Shelf:
     def _place(self, item: Item, open_runs: dict[object, int], together: bool) -> int:
         """The run that takes `item`."""
         size, matrix = item.array.size, item.leaf.matrix
-        chunk = TOGETHER if together and item.sort == "matrix" else CHUNK[item.sort]
+        chunk = CHUNK[self._profile if item.sort == "matrix" else item.sort]
+        if together and item.sort == "matrix":
+            chunk = max(chunk, TOGETHER)
         if size > chunk:
             self.runs.append(Planned(item.sort, [item], _unit(matrix, chunk)))
             return len(self.runs) - 1

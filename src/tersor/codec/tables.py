@@ -80,7 +80,7 @@ def contents_of(
     expect(used == set(range(len(kinds))), "a kind belongs to no tensor")
     expect(all(inside), "a run belongs to no tensor")
     for number, run in enumerate(runs):
-        _check_run(number, run, [kinds[leaves[i].plain.kind].dtype for i in inside[number]])
+        _check_run(number, run, [kinds[leaves[i].plain.kind] for i in inside[number]])
     return tuple(tuple(arranged(leaves, indices)) for indices in inside)
 
 
@@ -93,8 +93,10 @@ def chunks_of(runs: Sequence[Run], shapes: Sequence[list[Shape]], text: Text) ->
     return tuple(chunks)
 
 
-def _check_run(number: int, run: Run, dtypes: Sequence[torch.dtype]) -> None:
-    what = f"run {number}"
+def _check_run(number: int, run: Run, kinds: Sequence[Kind]) -> None:
+    what, dtypes = f"run {number}", [kind.dtype for kind in kinds]
+    centered = any(kind.center for kind in kinds)
+    expect(not centered or (run.coder in CODERS and not run.changed), f"{what} has a center")
     if run.coder in CODERS:
         expect(all(dtype in INTEGERS for dtype in dtypes), f"{what} holds what are no codes")
         return

@@ -163,9 +163,11 @@ def _half_octaves(total: Array, count: int) -> Array:
 def _cheapest_modes(layouts: list[Layout], symbols: Array, size: int) -> Plan:
     """Drops the classes of rows or of channels from each matrix where they do not pay."""
     tables = static.MOST_TABLES
-    full = _planned(layouts, symbols, size, tables)
-    total = np.maximum(full.counts.sum(1, keepdims=True), 1)
-    cost = np.rint(256 * np.log2(total / np.maximum(full.counts, 0.5))).astype(np.int64)
+    counts = _planned(layouts, symbols, size, tables).counts
+    # A table that nothing is in yet would get codes of all sorts.
+    counts = np.where(counts.any(1, keepdims=True), counts, counts.sum(0))
+    total = counts.sum(1, keepdims=True)
+    cost = np.rint(256 * np.log2(total / np.maximum(counts, 0.5))).astype(np.int64)
     chosen, start = [], 0
     for layout in layouts:
         part = symbols[start : start + layout.shape.size]
