@@ -12,6 +12,13 @@ constexpr int kProbabilityBits = 16;
 constexpr uint64_t kRangeBottom = uint64_t{1} << 32;
 constexpr int kMostPlain = 16;
 
+// How far above `low` the number below low + range lies that ends in the most zeros.
+inline uint64_t shortest(uint64_t low, uint64_t range) {
+  uint64_t up = 0 - low;
+  for (int zeros = 63; up >= range; --zeros) up = (0 - low) & ((uint64_t{1} << zeros) - 1);
+  return up;
+}
+
 class RangeEncoder {
  public:
   static constexpr bool kDecodes = false;
@@ -39,13 +46,7 @@ class RangeEncoder {
 
   // The shortest bytes that, followed by zeros, lie within the final range.
   std::vector<uint8_t> finish() {
-    for (int zeros = 64;; --zeros) {
-      uint64_t mask = zeros == 64 ? ~uint64_t{0} : (uint64_t{1} << zeros) - 1;
-      uint64_t up = (0 - low_) & mask;  // to the next number that ends in so many zeros
-      if (up >= range_) continue;
-      raise(up);
-      break;
-    }
+    raise(shortest(low_, range_));
     shift();
     shift();
     while (!out_.empty() && out_.back() == 0) out_.pop_back();
@@ -102,7 +103,9 @@ class RangeDecoder {
 
   // Refuses bytes that the encoder would not have written.
   void finish() const {
-    if (position_ < data_.size) throw Malformed("goes on after its last symbol");
+    uint64_t read = uint64_t{last(data_, position_ - 8)} << 32 | last(data_, position_ - 4);
+    bool ends = code_ == shortest(read - code_, range_);
+    if (position_ < data_.size || !ends) throw Malformed("goes on after its last symbol");
     if (data_.size && data_.data[data_.size - 1] == 0) throw Malformed("ends in a zero byte");
   }
 

@@ -21,10 +21,10 @@ def test_any_bits_come_back(layout, values):
 
 
 def test_a_stream_worked_by_hand():
-    # bfloat16: 1.0 is sign 0, exponent 127, mantissa 0; -1.5 has mantissa 1000000.
-    words = np.array([0x3F80, 0xBFC0, 0x3F80], np.uint16)
+    # bfloat16: 1.0 is sign 0, exponent 127, mantissa 0; -1.5 has mantissa 1000000, 1.25 0100000.
+    words = np.array([0x3F80, 0xBFC0, 0x3FA0], np.uint16)
     rows = [np.array([row]) for row in ([0, 0, 0], [0, 1, 0])]
-    plain = bytes([127, 0, 0b0000000_1, 0b000000_00, 0b00000_000])
+    plain = bytes([127, 0, 0b0000000_1, 0b000000_01, 0b00000_000])
     stream = plain + encode_group(rows, profile="small", kernels=[1, 1])
     assert encode_exponents(words, 7) == stream
     assert decode_exponents(stream, 3, words.dtype, 7).tolist() == words.tolist()

@@ -84,9 +84,9 @@ def test_codes_of_normal_weights_come_close_to_their_entropy(tmp_path, bits):
     ],
     ids=["affine", "codebook", "dense", "bitmask", "nested"],
 )  # fmt: skip
-def test_coded_bytes_are_those_of_the_file(tmp_path, form):
+def test_coded_bytes_are_close_to_those_of_the_file(tmp_path, form):
     net = hold(nn.Linear(64, 64, bias=False), "weight", form)
     header = read_header(save(net, tmp_path / "net.tersor"))
     stored = sum(chunk.length for chunk in header.chunks)
-    assert coded_bytes(form) == stored
+    assert coded_bytes(form) == pytest.approx(stored, rel=0.01)
     assert header.stored_bytes(header.entries[0]) == stored
