@@ -114,10 +114,11 @@ class Small {
 
   template <class Coder>
   TERSOR_INLINE int flag(Coder& coder, int i, int value) {
-    if (!two_) return code_bit(coder, value, one_[i]);
-    value = coder.code(value, (uint32_t{one_[i].value} + two_[i].value) >> 1);
+    uint32_t chance = one_[i].value;
+    if (two_) chance = (chance + two_[i].value) >> 1;
+    value = coder.decide(value, chance);
     one_[i].update(value);
-    two_[i].update(value);
+    if (two_) two_[i].update(value);
     return value;
   }
 

@@ -36,6 +36,8 @@ class RangeEncoder {
     return bit;
   }
 
+  int decide(int bit, uint32_t probability) { return code(bit, probability); }
+
   // The lowest `count` <= 16 bits of a number, all values alike.
   uint32_t plain(uint32_t value, int count) {
     range_ >>= count;
@@ -78,15 +80,28 @@ class RangeDecoder {
 
   explicit RangeDecoder(Span data) : data_(data) { code_ = uint64_t{next()} << 32 | next(); }
 
+  // Without a condition, for no processor can predict the bit.
   TERSOR_INLINE int code(int, uint32_t probability) {
     uint64_t bound = (range_ >> kProbabilityBits) * probability;
-    // As a choice of values, not of ways: no processor can predict it.
-    bool one = TERSOR_EVEN_ODDS(code_ < bound);
-    uint64_t left = range_ - bound, lowered = code_ - bound;
-    range_ = one ? bound : left;
-    code_ = one ? code_ : lowered;
+    uint64_t one = code_ < bound, mask = 0 - one;
+    code_ -= bound & ~mask;
+    range_ = (range_ - bound) + ((2 * bound - range_) & mask);
     if (__builtin_expect(range_ < kRangeBottom, 0)) shift();
     return static_cast<int>(one);
+  }
+
+  // The same for a bit that decides what comes next: one branch will do for both.
+  TERSOR_INLINE int decide(int, uint32_t probability) {
+    uint64_t bound = (range_ >> kProbabilityBits) * probability;
+    bool one = code_ < bound;
+    if (one) {
+      range_ = bound;
+    } else {
+      code_ -= bound;
+      range_ -= bound;
+    }
+    if (__builtin_expect(range_ < kRangeBottom, 0)) shift();
+    return one;
   }
 
   TERSOR_INLINE uint32_t plain(uint32_t, int count) {
