@@ -12,11 +12,6 @@
 #else
 #define TERSOR_INLINE inline
 #endif
-#if defined(__GNUC__) && !defined(__clang__)
-#define TERSOR_EVEN_ODDS(condition) __builtin_expect_with_probability(condition, 1, 0.5)
-#else
-#define TERSOR_EVEN_ODDS(condition) (condition)
-#endif
 
 namespace tersor {
 

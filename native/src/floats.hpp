@@ -1,7 +1,7 @@
 // Floats from their exponents, coded as by `fast`, and the bytes of the rest.
 #pragma once
 
-#include "rans.hpp"
+#include "fast.hpp"
 
 namespace tersor {
 

@@ -1,7 +1,7 @@
 // Canonical Huffman codes of at most 12 bits, most significant bit first.
 #pragma once
 
-#include "rans.hpp"
+#include "fast.hpp"
 
 namespace tersor {
 

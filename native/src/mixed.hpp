@@ -16,19 +16,48 @@ namespace tersor {
 constexpr int kInputs = 8;
 constexpr int kLeast = 16;  // of 65536: no bit is taken for more certain than this
 
-// Logits or weights: as many as fit a vector that every processor has.
+// Weights of the inputs: as many as fit a vector that every processor has.
 struct alignas(16) Inputs {
   int16_t at[kInputs] = {};
 };
 
-// The logit that the sum of two sets of weights (1 is 2^15) makes of the inputs.
-inline int mixed(const Inputs& first, const Inputs& second, const Inputs& logits) {
 #ifdef TERSOR_SSE2
-  auto load = [](const Inputs& from) {
-    return _mm_load_si128(reinterpret_cast<const __m128i*>(from.at));
-  };
-  __m128i sums = _mm_add_epi32(_mm_madd_epi16(load(first), load(logits)),
-                               _mm_madd_epi16(load(second), load(logits)));
+using Logits = __m128i;
+
+inline __m128i vector_of(const Inputs& from) {
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(from.at));
+}
+#else
+using Logits = Inputs;
+#endif
+
+// What the inputs' chances are as logits; those beyond `count` are 0.
+template <int count>
+TERSOR_INLINE Logits logits_of(const Logistic& tables, Probability* const* chances) {
+#ifdef TERSOR_SSE2
+  // Written one by one to memory, they could not be read as a vector at once.
+  auto logit = [&](int i) { return i < count ? tables.stretch(chances[i]->value) : 0; };
+  __m128i found = _mm_cvtsi32_si128(logit(0) & 0xffff);
+  found = _mm_insert_epi16(found, logit(1), 1);
+  found = _mm_insert_epi16(found, logit(2), 2);
+  found = _mm_insert_epi16(found, logit(3), 3);
+  if (count > 4) found = _mm_insert_epi16(found, logit(4), 4);
+  if (count > 5) found = _mm_insert_epi16(found, logit(5), 5);
+  return found;
+#else
+  Logits found;
+  for (int i = 0; i < count; ++i) {
+    found.at[i] = static_cast<int16_t>(tables.stretch(chances[i]->value));
+  }
+  return found;
+#endif
+}
+
+// The logit that the sum of two sets of weights (1 is 2^15) makes of the inputs.
+TERSOR_INLINE int mixed(const Inputs& first, const Inputs& second, const Logits& logits) {
+#ifdef TERSOR_SSE2
+  __m128i sums = _mm_add_epi32(_mm_madd_epi16(vector_of(first), logits),
+                               _mm_madd_epi16(vector_of(second), logits));
   sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4e));
   sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1));
   int sum = _mm_cvtsi128_si32(sums);
@@ -40,13 +69,13 @@ inline int mixed(const Inputs& first, const Inputs& second, const Inputs& logits
 }
 
 // Moves the weights by logit * error / 2^16, rounded and saturated; |error| < 2^15.
-inline void learn(Inputs& weights, const Inputs& logits, int error) {
+TERSOR_INLINE void learn(Inputs& weights, const Logits& logits, int error) {
 #ifdef TERSOR_SSE2
-  auto* at = reinterpret_cast<__m128i*>(weights.at);
-  __m128i step = _mm_load_si128(reinterpret_cast<const __m128i*>(logits.at));
-  step = _mm_mulhi_epi16(_mm_add_epi16(step, step), _mm_set1_epi16(static_cast<int16_t>(error)));
+  __m128i step = _mm_mulhi_epi16(_mm_add_epi16(logits, logits),
+                                 _mm_set1_epi16(static_cast<int16_t>(error)));
   step = _mm_srai_epi16(_mm_add_epi16(step, _mm_set1_epi16(1)), 1);
-  _mm_store_si128(at, _mm_adds_epi16(_mm_load_si128(at), step));
+  _mm_store_si128(reinterpret_cast<__m128i*>(weights.at),
+                  _mm_adds_epi16(vector_of(weights), step));
 #else
   for (int i = 0; i < kInputs; ++i) {
     int step = (((2 * logits.at[i] * error) >> 16) + 1) >> 1;
@@ -209,10 +238,7 @@ class Mixed {
   template <int count, class Coder>
   TERSOR_INLINE int mix(Coder& coder, int bit, Probability* const* inputs, Inputs& first,
                         Inputs& second, Correction& correction) {
-    Inputs logits;
-    for (int i = 0; i < count; ++i) {
-      logits.at[i] = static_cast<int16_t>(tables_.stretch(inputs[i]->value));
-    }
+    Logits logits = logits_of<count>(tables_, inputs);
     int both = mixed(first, second, logits);
     int place = (both + 2048) * 32, lower = place >> 12, share = place & 4095;
     uint16_t* cell = correction.value + lower;

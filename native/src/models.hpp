@@ -15,6 +15,7 @@ namespace tersor {
 constexpr int kFlags = 14;
 constexpr int kMostLevel = 63;
 constexpr int kMostLean = 12;
+constexpr uint32_t kSettled = 4500;  // rate of a chance that has seen 24 bits
 
 // What both models code in the same, simple way.
 template <class Coder>
@@ -113,16 +114,17 @@ class Small {
 
   template <class Coder>
   TERSOR_INLINE int flag(Coder& coder, int i, int value) {
-    if (!two_) return code_bit(coder, value, one_[i]);
-    value = coder.code(value, (uint32_t{one_[i].value} + two_[i].value) >> 1);
+    uint32_t chance = one_[i].value;
+    if (two_) chance = (chance + two_[i].value) >> 1;
+    value = coder.decide(value, chance);
     one_[i].update(value);
-    two_[i].update(value);
+    if (two_) two_[i].update(value);
     return value;
   }
 
   template <class Coder, class Near>
   TERSOR_INLINE int sign(Coder& coder, const Near& near, int value) {
-    if (!near.spatial) return code_bit(coder, value, by_column_[near.column % 1024]);
+    if (!near.spatial) return sign_of_column(coder, near.column % 1024, value);
     int lean = relative(near.lean, near.inverse(), 2, kMostLean);
     return code_bit(coder, value, by_lean_[lean + kMostLean]);
   }
@@ -134,8 +136,18 @@ class Small {
   Tail tail;
 
  private:
+  // By the chance of all columns, until a column has seen 24.
+  template <class Coder>
+  TERSOR_INLINE int sign_of_column(Coder& coder, uint32_t column, int value) {
+    Probability& own = by_column_[column];
+    value = coder.code(value, own.rate < kSettled ? own.value : sign_.value);
+    sign_.update(value);
+    own.update(value);
+    return value;
+  }
+
   Probability by_level_[2][kMostLevel + 1][16], by_means_[2][256][16];
-  Probability by_column_[1024], by_lean_[2 * kMostLean + 1];
+  Probability sign_, by_column_[1024], by_lean_[2 * kMostLean + 1];
   Probability *one_ = nullptr, *two_ = nullptr;
 };
 

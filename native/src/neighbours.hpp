@@ -61,15 +61,13 @@ class Surroundings {
       : pad(2 * shape.kernel + 4),
         rows{std::vector<int16_t>(size_t{shape.columns} + pad + 1, 0), {}},
         columns(shape.columns),
-        sides(shape.kernel, 0) {
+        sides(shape.kernel) {
     rows[1] = rows[0];
     int width = width_of(shape.kernel);
     for (int i = 0; i < width * width; ++i) {
       bool beside = i % width > 0, below = i >= width;
-      sides[i] = static_cast<uint8_t>((beside ? kLeft : 0) | (below ? kUp : 0) |
-                                      (beside && below ? kDiagonal : 0) |
-                                      (below && i % width < width - 1 ? kOther : 0) |
-                                      (i >= 2 * width ? kUpper : 0));
+      sides[i] = {-beside, -below, -(beside && below), -(below && i % width < width - 1),
+                  -(i >= 2 * width)};
     }
   }
 
@@ -77,7 +75,10 @@ class Surroundings {
     return kernel == 9 ? 3 : kernel == 25 ? 5 : kernel == 49 ? 7 : 0;
   }
 
-  enum : uint8_t { kLeft = 1, kUp = 2, kDiagonal = 4, kOther = 8, kUpper = 16 };
+  // Which neighbours lie in the same kernel: all bits, or none.
+  struct Sides {
+    int left = 0, up = 0, diagonal = 0, other = 0, upper = 0;
+  };
   struct Column {
     Mean seen, missed;
   };
@@ -85,7 +86,7 @@ class Surroundings {
   uint32_t pad;
   std::vector<int16_t> rows[2];
   std::vector<Column> columns;
-  std::vector<uint8_t> sides;  // which neighbours lie in the same kernel
+  std::vector<Sides> sides;  // of each place in a kernel
 };
 
 // kSpatial: kernels of more than one column; kMisses: follows how far predictions miss.
@@ -110,6 +111,7 @@ class Neighbours {
     std::fill(around.rows[0].begin(), around.rows[0].end(), int16_t{0});
     row_ = around.rows[0].data() + pad_;
     above_ = around.rows[1].data() + pad_;
+    position = kSpatial ? -1 : 0;
     state_ = 0;
     odd = 0;
   }
@@ -117,7 +119,8 @@ class Neighbours {
   // Moves to a column of the row, all columns before it being known.
   void look(uint32_t at) {
     column = at;
-    if (kSpatial) position = column && position + 1 < kernel_ ? position + 1 : 0;
+    // Sums and masks, because it is rare that a processor foresees a place.
+    if (kSpatial) position = (position + 1) & -(position + 1 < kernel_);
     auto& means = columns_[column];
     if (first_row_) means = {row_mean_, missed_};
     of_row = row_mean_.now();
@@ -179,21 +182,21 @@ class Neighbours {
 
  private:
   void look_around() {
-    int sides = sides_[position];
-    left = sides & Surroundings::kLeft ? here(1) : 0;
-    up = sides & Surroundings::kUp ? here(width_) : 0;
-    diagonal = sides & Surroundings::kDiagonal ? here(width_ + 1) : 0;
-    other = sides & Surroundings::kOther ? here(width_ - 1) : 0;
-    int upper = sides & Surroundings::kUpper ? here(2 * width_) : 0;
+    const auto& sides = sides_[position];
+    left = here(1) & sides.left;
+    up = here(width_) & sides.up;
+    diagonal = here(width_ + 1) & sides.diagonal;
+    other = here(width_ - 1) & sides.other;
+    int upper = here(2 * width_) & sides.upper;
     lean = 4 * left + 4 * up - 2 * diagonal - upper;
-    upward = sides & Surroundings::kUp ? magnitude(up) : previous;
+    upward = magnitude(up) + (previous & ~sides.up);
   }
 
   int kernel_, width_;
   uint32_t pad_;
   Trellis trellis_;
   Surroundings::Column* columns_;
-  const uint8_t* sides_;
+  const Surroundings::Sides* sides_;
   int16_t *row_ = nullptr, *above_ = nullptr;
   uint32_t state_ = 0;
   bool first_row_ = true;

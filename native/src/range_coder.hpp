@@ -12,6 +12,13 @@ constexpr int kProbabilityBits = 16;
 constexpr uint64_t kRangeBottom = uint64_t{1} << 32;
 constexpr int kMostPlain = 16;
 
+// How far above `low` the number below low + range lies that ends in the most zeros.
+inline uint64_t shortest(uint64_t low, uint64_t range) {
+  uint64_t up = 0 - low;
+  for (int zeros = 63; up >= range; --zeros) up = (0 - low) & ((uint64_t{1} << zeros) - 1);
+  return up;
+}
+
 class RangeEncoder {
  public:
   static constexpr bool kDecodes = false;
@@ -29,6 +36,8 @@ class RangeEncoder {
     return bit;
   }
 
+  int decide(int bit, uint32_t probability) { return code(bit, probability); }
+
   // The lowest `count` <= 16 bits of a number, all values alike.
   uint32_t plain(uint32_t value, int count) {
     range_ >>= count;
@@ -39,13 +48,7 @@ class RangeEncoder {
 
   // The shortest bytes that, followed by zeros, lie within the final range.
   std::vector<uint8_t> finish() {
-    for (int zeros = 64;; --zeros) {
-      uint64_t mask = zeros == 64 ? ~uint64_t{0} : (uint64_t{1} << zeros) - 1;
-      uint64_t up = (0 - low_) & mask;  // to the next number that ends in so many zeros
-      if (up >= range_) continue;
-      raise(up);
-      break;
-    }
+    raise(shortest(low_, range_));
     shift();
     shift();
     while (!out_.empty() && out_.back() == 0) out_.pop_back();
@@ -77,15 +80,28 @@ class RangeDecoder {
 
   explicit RangeDecoder(Span data) : data_(data) { code_ = uint64_t{next()} << 32 | next(); }
 
+  // Without a condition, for no processor can predict the bit.
   TERSOR_INLINE int code(int, uint32_t probability) {
     uint64_t bound = (range_ >> kProbabilityBits) * probability;
-    // As a choice of values, not of ways: no processor can predict it.
-    bool one = TERSOR_EVEN_ODDS(code_ < bound);
-    uint64_t left = range_ - bound, lowered = code_ - bound;
-    range_ = one ? bound : left;
-    code_ = one ? code_ : lowered;
+    uint64_t one = code_ < bound, mask = 0 - one;
+    code_ -= bound & ~mask;
+    range_ = (range_ - bound) + ((2 * bound - range_) & mask);
     if (__builtin_expect(range_ < kRangeBottom, 0)) shift();
     return static_cast<int>(one);
+  }
+
+  // The same for a bit that decides what comes next: one branch will do for both.
+  TERSOR_INLINE int decide(int, uint32_t probability) {
+    uint64_t bound = (range_ >> kProbabilityBits) * probability;
+    bool one = code_ < bound;
+    if (one) {
+      range_ = bound;
+    } else {
+      code_ -= bound;
+      range_ -= bound;
+    }
+    if (__builtin_expect(range_ < kRangeBottom, 0)) shift();
+    return one;
   }
 
   TERSOR_INLINE uint32_t plain(uint32_t, int count) {
@@ -102,7 +118,9 @@ class RangeDecoder {
 
   // Refuses bytes that the encoder would not have written.
   void finish() const {
-    if (position_ < data_.size) throw Malformed("goes on after its last symbol");
+    uint64_t read = uint64_t{last(data_, position_ - 8)} << 32 | last(data_, position_ - 4);
+    bool ends = code_ == shortest(read - code_, range_);
+    if (position_ < data_.size || !ends) throw Malformed("goes on after its last symbol");
     if (data_.size && data_.data[data_.size - 1] == 0) throw Malformed("ends in a zero byte");
   }
 

@@ -1,11 +1,7 @@
 // Static rANS: 8 or 32 interleaved 32-bit states, 16-bit words, up to 16 tables by position.
 #pragma once
 
-#include <cstring>
-#include <limits>
-#include <memory>
-
-#include "static_tables.hpp"
+#include "layout.hpp"
 
 namespace tersor {
 
@@ -18,78 +14,6 @@ inline int lanes_of(size_t count) { return count < kManySymbols ? kFewLanes : kM
 inline uint32_t load16(const uint8_t* at) { return at[0] | uint32_t{at[1]} << 8; }
 
 inline uint32_t load32(const uint8_t* at) { return load16(at) | load16(at + 2) << 16; }
-
-// Which table codes which position of a matrix: base + row + channel + place, clamped.
-struct Layout {
-  Shape shape;
-  int base = 0;
-  std::vector<int32_t> row, column;
-
-  void fill(uint32_t index, uint32_t first, uint32_t count, int tables, uint8_t* into) const {
-    int64_t start = int64_t{base} + (row.empty() ? 0 : row[index]);
-    if (column.empty()) {
-      std::memset(into, static_cast<int>(std::clamp<int64_t>(start, 0, tables - 1)), count);
-      return;
-    }
-    int whole = static_cast<int>(start), most = tables - 1;
-    const int32_t* column_at = column.data() + first;
-    for (uint32_t i = 0; i < count; ++i) {
-      into[i] = static_cast<uint8_t>(clamp(whole + column_at[i], 0, most));
-    }
-  }
-};
-
-inline Layout read_layout(SideDecoder& side, Shape shape) {
-  Layout layout{shape, 0, {}, {}};
-  auto classes = [&](uint32_t count) {
-    auto values = side_row(side, count);
-    for (int32_t value : values) checked(value, -64, 64, "holds an impossible class");
-    return values;
-  };
-  auto header = side_row(side, 2);
-  int mode = checked(header[0], 0, 3, "holds an unknown mode");
-  layout.base = checked(header[1], -64, 64, "holds an impossible class");
-  if (mode & 1) layout.row = classes(shape.rows);
-  if (mode & 2) {
-    auto channel = classes(shape.columns / shape.kernel);
-    auto place = shape.kernel > 1 ? classes(shape.kernel) : std::vector<int32_t>{0};
-    layout.column.reserve(shape.columns);
-    for (int32_t value : channel) {
-      for (int32_t more : place) layout.column.push_back(value + more);
-    }
-  }
-  return layout;
-}
-
-// The tables of the positions of a group, in blocks.
-class Positions {
- public:
-  Positions(const std::vector<Layout>& layouts, int tables) : layouts_(layouts), tables_(tables) {}
-
-  void fill(uint8_t* into, size_t count) {
-    while (count) {
-      const Layout& layout = layouts_[matrix_];
-      if (row_ == layout.shape.rows || layout.shape.columns == 0) {
-        ++matrix_;
-        row_ = column_ = 0;
-        continue;
-      }
-      uint32_t left = layout.shape.columns - column_;
-      uint32_t taken = static_cast<uint32_t>(std::min<size_t>(left, count));
-      layout.fill(row_, column_, taken, tables_, into);
-      into += taken;
-      count -= taken;
-      column_ += taken;
-      if (column_ == layout.shape.columns) ++row_, column_ = 0;
-    }
-  }
-
- private:
-  const std::vector<Layout>& layouts_;
-  int tables_;
-  size_t matrix_ = 0;
-  uint32_t row_ = 0, column_ = 0;
-};
 
 // The words of symbols (one byte each), from last to first; `frequency` is tables x symbols.
 inline Bytes rans_encode(const uint8_t* symbols, const uint8_t* tables, size_t count,
@@ -366,85 +290,5 @@ class RansDecoder {
   const uint8_t* next_ = nullptr;
   const uint8_t* end_ = nullptr;
 };
-
-// The values that have no symbol of their own.
-inline std::vector<int32_t> escaped_values(Span data, size_t count) {
-  if (count > 0xffffffffu) throw Malformed("holds too many escapes");
-  SideDecoder side(data);
-  auto values = side_row(side, static_cast<uint32_t>(count));
-  side.finish();
-  return values;
-}
-
-// Puts them in place of the escapes.
-template <class Value>
-void put_escaped(Span data, int32_t escape, Value* out, size_t count) {
-  std::vector<size_t> places;
-  for (size_t i = 0; i < count; ++i) {
-    if (out[i] == static_cast<Value>(escape)) places.push_back(i);
-  }
-  auto values = escaped_values(data, places.size());
-  for (size_t i = 0; i < places.size(); ++i) {
-    if (values[i] < std::numeric_limits<Value>::min() ||
-        values[i] > std::numeric_limits<Value>::max()) {
-      throw Malformed("holds a code too large for its type");
-    }
-    out[places[i]] = static_cast<Value>(values[i]);
-  }
-}
-
-// A stream of `fast`, all but its words read.
-class FastStream {
- public:
-  FastStream(Span data, const std::vector<Shape>& shapes) : reader_(data) {
-    SideDecoder side(reader_.part());
-    auto header = side_row(side, 4);
-    int tables = checked(header[0], 0, kMostTables - 1, "holds too many tables") + 1;
-    int bits = checked(header[1], 0, kMostTableBits - kLeastTableBits, "has tables too large");
-    int symbols = checked(header[2], 0, kMostSymbols - 1, "holds too many symbols") + 1;
-    escapes = checked(header[3], 0, 1, "holds an unknown flag");
-    escape = signed_value(symbols - 1);
-    many_tables_ = tables > 1;
-    for (Shape shape : shapes) {
-      layouts_.push_back(tables > 1 && shape.size() ? read_layout(side, shape)
-                                                    : Layout{shape, 0, {}, {}});
-    }
-    auto weights = side_weights(side, tables, symbols);
-    side.finish();
-    escaped = reader_.part();
-    if (!escapes && escaped.size) throw Malformed("holds escaped codes without need");
-    positions_ = std::make_unique<Positions>(layouts_, tables);
-    tables_ = std::make_unique<RansTables>(weights, tables, symbols, bits + kLeastTableBits);
-  }
-
-  // As in RansDecoder::decode.
-  template <class Value, class Give, class Take>
-  void decode(size_t count, Give give, Take take) {
-    RansDecoder<Value>(*tables_).decode(reader_.rest(), *positions_, many_tables_, count, give,
-                                        take);
-  }
-
-  bool escapes;
-  int32_t escape;
-  Span escaped{};
-
- private:
-  Reader reader_;
-  bool many_tables_;
-  std::vector<Layout> layouts_;
-  std::unique_ptr<Positions> positions_;
-  std::unique_ptr<RansTables> tables_;
-};
-
-template <class Value>
-void fast_decode(Span data, const std::vector<Shape>& shapes, Value* out, size_t count) {
-  if (count == 0) {
-    if (data.size) throw Malformed("goes on after its last symbol");
-    return;
-  }
-  FastStream stream(data, shapes);
-  stream.decode<Value>(count, [&](size_t first) { return out + first; }, [](size_t, size_t) {});
-  if (stream.escapes) put_escaped(stream.escaped, stream.escape, out, count);
-}
 
 }  // namespace tersor

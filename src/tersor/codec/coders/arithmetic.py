@@ -28,6 +28,11 @@ class BitCoder(Protocol):
         ...
 
 
+def _shortest(low: int, width: int) -> int:
+    """How far above `low` the number below low + width lies that ends in the most zeros."""
+    return next(up for zeros in range(64, -1, -1) if (up := -low & ((1 << zeros) - 1)) < width)
+
+
 class RangeEncoder:
     """Bits to bytes."""
 
@@ -56,12 +61,7 @@ class RangeEncoder:
 
     def finish(self) -> bytes:
         """The stream."""
-        for zeros in range(64, -1, -1):
-            # To the next number that ends in so many zeros.
-            up = -self._low & ((1 << zeros) - 1)
-            if up < self._range:
-                self._raise(up)
-                break
+        self._raise(_shortest(self._low, self._range))
         self._shift()
         self._shift()
         return bytes(self._out).rstrip(b"\0")
@@ -119,7 +119,10 @@ class RangeDecoder:
 
     def finish(self) -> None:
         """Refuses bytes that the encoder would not have written."""
-        if self._position < len(self._data):
+        window = self._data[self._position - 8 : self._position].ljust(8, b"\0")
+        low = int.from_bytes(window, "big") - self._code
+        ends = self._code == _shortest(low, self._range)
+        if self._position < len(self._data) or not ends:
             raise ValueError("goes on after its last symbol")
         if self._data.endswith(b"\0"):
             raise ValueError("ends in a zero byte")

@@ -16,6 +16,7 @@ FLAGS = 14
 MOST_LEVEL = 63
 MOST_LEAN = 12
 MOST_CODE = 2**31 - 1
+_SETTLED = 4500  # rate of a chance that has seen 24 bits
 _TOO_LARGE = "holds a code of more than 32 bits"
 
 
@@ -95,6 +96,7 @@ class Small:
         # Tables grow as contexts are met.
         self._by_level: dict[tuple[int, int, int], Probability] = {}
         self._by_means: dict[tuple[int, int, int, int], Probability] = {}
+        self._sign = Probability()
         self._by_column = [Probability() for _ in range(1024)]
         self._by_lean = [Probability() for _ in range(2 * MOST_LEAN + 1)]
 
@@ -118,12 +120,20 @@ class Small:
 
     def sign(self, near: Neighbours, value: int) -> int:
         if not near.spatial:
-            return code(self._coder, value, self._by_column[near.column % 1024])
+            return self._sign_of_column(near.column % 1024, value)
         lean = near.relative(near.lean, 2, MOST_LEAN) + MOST_LEAN
         return code(self._coder, value, self._by_lean[lean])
 
     def add(self, halves: int) -> None:
         pass
+
+    def _sign_of_column(self, column: int, value: int) -> int:
+        """By the chance of all columns, until a column has seen 24."""
+        own = self._by_column[column]
+        value = self._coder.code(value, (own if own.rate < _SETTLED else self._sign).value)
+        self._sign.update(value)
+        own.update(value)
+        return value
 
 
 def code_matrix(coder: BitCoder, model: Model, codes: list[int], shape: Shape) -> list[int]:

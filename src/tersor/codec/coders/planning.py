@@ -17,6 +17,7 @@ from tersor.codec.coders.neighbours import Shape
 from tersor.codec.coders.static import checked
 
 _CLASS = 64
+_SAMPLE = 2**17
 _IMPOSSIBLE = "holds an impossible class"
 # The least x with 2 * log2(x) >= k - 1/2, which is x**4 >= 2**(2k - 1).
 _HALF_OCTAVES = np.array(
@@ -67,12 +68,19 @@ class Layout:
 
     def table(self, tables: int) -> Array:
         """(rows * columns,) uint8."""
-        found = np.full((self.shape.rows, self.shape.columns), self.base)
+        rows, columns = np.zeros((self.shape.rows, 1)), np.zeros(self.shape.columns)
         if self.row is not None:
-            found = found + self.row[:, None]
+            rows = self.row[:, None]
         if self.channel is not None and self.place is not None:
-            found = found + (self.channel[:, None] + self.place).reshape(-1)
-        return found.clip(0, tables - 1).astype(np.uint8).reshape(-1)
+            columns = (self.channel[:, None] + self.place).reshape(-1)
+        found = (rows + self.base).astype(np.int16) + columns.astype(np.int16)
+        return found.clip(0, tables - 1, out=found).astype(np.uint8).reshape(-1)
+
+    def thinned(self, step: int) -> Self:
+        """Every `step`-th row of it."""
+        row = None if self.row is None else self.row[::step]
+        shape = self.shape._replace(rows=-(-self.shape.rows // step))
+        return replace(self, shape=shape, row=row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +114,15 @@ def plan(codes: Array, symbols: Array, size: int, shapes: Sequence[Shape]) -> Pl
 
 def _planned(layouts: list[Layout], symbols: Array, size: int, tables: int) -> Plan:
     table = positions(layouts, tables)
-    flat = np.bincount(table.astype(np.int64) * size + symbols, minlength=tables * size)
+    flat = np.bincount(_cells(table, symbols, size), minlength=tables * size)
     return Plan(layouts, flat.reshape(tables, size), table)
+
+
+def _cells(table: Array, symbols: Array, size: int) -> Array:
+    found = table.astype(np.intp)
+    found *= size
+    found += symbols
+    return found
 
 
 def _bits(counts: static.Counts) -> Array:
@@ -161,20 +176,28 @@ def _half_octaves(total: Array, count: int) -> Array:
 
 
 def _cheapest_modes(layouts: list[Layout], symbols: Array, size: int) -> Plan:
-    """Drops the classes of rows or of channels from each matrix where they do not pay."""
-    tables = static.MOST_TABLES
-    counts = _planned(layouts, symbols, size, tables).counts
+    """Drops the classes of rows or of channels from each matrix where they do not pay.
+
+    Some of a large matrix's rows speak for all.
+    """
+    steps, parts, start = [], [], 0
+    for layout in layouts:
+        rows = symbols[start : start + layout.shape.size].reshape(layout.shape[:2])
+        start += layout.shape.size
+        steps.append(max(1, min(layout.shape.size // _SAMPLE, layout.shape.rows)))
+        parts.append(rows[:: steps[-1]].reshape(-1))
+    thin = [layout.thinned(step) for layout, step in zip(layouts, steps, strict=True)]
+    counts = _planned(thin, np.concatenate(parts), size, static.MOST_TABLES).counts
     # A table that nothing is in yet would get codes of all sorts.
     counts = np.where(counts.any(1, keepdims=True), counts, counts.sum(0))
     total = counts.sum(1, keepdims=True)
     cost = np.rint(256 * np.log2(total / np.maximum(counts, 0.5))).astype(np.int64)
-    chosen, start = [], 0
-    for layout in layouts:
-        part = symbols[start : start + layout.shape.size]
-        start += layout.shape.size
-        chosen.append(min(_modes(layout), key=lambda mode: _price(mode, part, cost)))
-    used = _planned(chosen, symbols, size, tables)
-    return _without_empty(used, symbols, size)
+    chosen = [_cheapest(*given, cost) for given in zip(layouts, steps, parts, strict=True)]
+    return _without_empty(_planned(chosen, symbols, size, static.MOST_TABLES))
+
+
+def _cheapest(layout: Layout, step: int, symbols: Array, cost: Array) -> Layout:
+    return min(_modes(layout), key=lambda mode: _price(mode, step, symbols, cost))
 
 
 def _modes(layout: Layout) -> list[Layout]:
@@ -185,21 +208,23 @@ def _modes(layout: Layout) -> list[Layout]:
     )
 
 
-def _price(layout: Layout, symbols: Array, cost: Array) -> int:
+def _price(layout: Layout, step: int, symbols: Array, cost: Array) -> int:
+    """symbols: of every `step`-th row"""
     if not layout.shape.size:
         return 0
-    table = layout.table(len(cost))
-    return int(cost[table, symbols].sum()) // 256 + _side_bits(layout)
+    table = layout.thinned(step).table(len(cost))
+    bits = int(cost.reshape(-1)[_cells(table, symbols, cost.shape[1])].sum()) // 256
+    return bits * layout.shape.size // symbols.size + _side_bits(layout)
 
 
-def _without_empty(used: Plan, symbols: Array, size: int) -> Plan:
+def _without_empty(used: Plan) -> Plan:
     """Cuts the tables below the first and above the last that is in use."""
     some = np.flatnonzero(used.counts.sum(1))
-    first, count = int(some[0]), int(some[-1] - some[0]) + 1
+    first, end = int(some[0]), int(some[-1]) + 1
     layouts = [
         replace(layout, base=layout.base - first) if layout.shape.size else layout
         for layout in used.layouts
     ]
-    if count == 1:
+    if end - first == 1:
         layouts = [Layout(layout.shape) for layout in layouts]
-    return _planned(layouts, symbols, size, count)
+    return Plan(layouts, used.counts[first:end], used.tables - np.uint8(first))

@@ -93,9 +93,9 @@ class Alphabet:
 
 
 def folded(codes: Array) -> Array:
-    """0, -1, 1, -2, 2, ... as 0, 1, 2, 3, 4, ..."""
-    wide = codes.astype(np.int64)
-    return np.where(wide < 0, -2 * wide - 1, 2 * wide)
+    """0, -1, 1, -2, 2, ... (int32) as 0, 1, 2, 3, 4, ... (uint32)."""
+    found: Array = ((codes << 1) ^ (codes >> 31)).view(np.uint32)
+    return found
 
 
 def unfolded(symbols: Array) -> Array:
@@ -121,16 +121,15 @@ def alphabet_of(counts: Counts, beyond: int) -> Alphabet:
 def symbols_of(codes: Array) -> tuple[Array, Alphabet, bytes]:
     """Symbols (uint8), their alphabet, and the escaped codes as a stream."""
     wide = folded(codes)
-    inside = wide[wide < MOST_SYMBOLS]
-    counts = np.bincount(inside, minlength=MOST_SYMBOLS)
-    alphabet = alphabet_of(counts, wide.size - inside.size)
+    counts = np.bincount(np.minimum(wide, np.uint32(MOST_SYMBOLS)), minlength=MOST_SYMBOLS + 1)
+    alphabet = alphabet_of(counts[:-1], int(counts[-1]))
     if not alphabet.escapes:
         return wide.astype(np.uint8), alphabet, b""
     escaped = codes[wide >= alphabet.size - 1]
     stream = adaptive.encode(
         np.ascontiguousarray(escaped, np.int32), [Shape(1, escaped.size)], mixed=False
     )
-    return np.minimum(wide, alphabet.size - 1).astype(np.uint8), alphabet, stream
+    return np.minimum(wide, np.uint32(alphabet.size - 1)).astype(np.uint8), alphabet, stream
 
 
 def put_escaped(codes: Array, alphabet: Alphabet, stream: Data) -> None:
