@@ -1,7 +1,7 @@
 """Bytes and speed of the codec beside other ways to store the same numbers, one thread.
 
     python bench/codec.py                     all parts
-    python bench/codec.py integers lossless files
+    python bench/codec.py integers lossless   some, beside what was measured before
 
 integers: weights rounded to one step, and round-to-nearest at 8 and 4 bits, by our profiles, zstd,
 constriction and NNCodec. lossless: MiniLM as bfloat16 and float32. files: saving and loading.
@@ -10,6 +10,7 @@ Peers that are not installed are skipped, and the results say so.
 """
 
 import importlib.resources
+import json
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import numpy as np
 import torch
 import zstandard
-from _record import record
+from _record import RESULTS, record
 from safetensors.torch import load_file, save_file
 
 import zoo
@@ -45,6 +46,9 @@ def main() -> None:
     torch.set_num_threads(1)
     parts = {"integers": integers, "lossless": lossless, "files": files}
     found = {name: parts[name]() for name in sys.argv[1:] or parts}
+    path = RESULTS / "codec.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
+    found = {name: (earlier | found)[name] for name in parts if name in earlier | found}
     record("codec", found, packages=("numpy", "zstandard", "constriction", "zipnn", "nncodec"))
 
 
