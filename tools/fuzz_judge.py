@@ -49,6 +49,7 @@ class Judge:
         self._names = {seed.name: _names(seed) for seed in seeds}
         self._most = most
         warnings.simplefilter("ignore")
+        _forget_peak()
         self._before = self._peak = _resident()
         if most is not None:
             limit = _pages()[0] + most

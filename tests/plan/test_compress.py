@@ -18,11 +18,22 @@ from torch.nn.utils import parametrizations
 from tersor.codec import load, read_header
 from tersor.errors import BudgetError, ModelError, OptionError, OutputError, TaskError
 from tersor.measure import quality, safetensors_bytes
+from tersor.plan import coded as coded_module
 from tersor.plan import compress
+from tersor.plan import ladder as ladder_module
 from tersor.plan import search as search_module
-from tersor.plan import study as study_module
 from tersor.plan.journal import model_hash
+from tersor.plan.trial import Bench
+from tersor.surgery import walk
 from tersor.task import classification
+
+needs_onnx = pytest.mark.skipif(
+    not importlib.util.find_spec("onnxruntime"), reason="needs the extra onnx"
+)
+# Whichever way the weights are stored, a run is a run.
+both_routes = pytest.mark.parametrize(
+    "target", ["", pytest.param(", target=onnxruntime", marks=needs_onnx)], ids=["coded", "ladder"]
+)
 
 
 class Blobs(nn.Module):
@@ -65,8 +76,9 @@ def task():
     return classification(train=blobs(256, 1), test=blobs(300, 2))
 
 
-def test_the_written_file_meets_size_and_drop(trained, task, tmp_path):
-    result = compress(trained, task, "size=0.6x, drop=2", run=tmp_path / "run")
+@both_routes
+def test_the_written_file_meets_size_and_drop(trained, task, tmp_path, target):
+    result = compress(trained, task, f"size=0.6x, drop=2{target}", run=tmp_path / "run")
     assert result.path.stat().st_size <= 0.6 * safetensors_bytes(trained)
     before, after = quality(trained, task), quality(load(result.path), task)
     assert after["accuracy"].value >= before["accuracy"].value - 2
@@ -100,24 +112,63 @@ def test_with_a_drop_alone_a_looser_one_gives_a_smaller_file(trained, task, tmp_
     assert tight.report["after"]["metrics"]["accuracy"] >= floor
 
 
-def test_two_runs_write_the_same_bytes(trained, task, tmp_path):
-    first = compress(trained, task, "size=0.6x", run=tmp_path / "a").path.read_bytes()
-    assert compress(trained, task, "size=0.6x", run=tmp_path / "b").path.read_bytes() == first
+@both_routes
+def test_two_runs_write_the_same_bytes(trained, task, tmp_path, target):
+    budget = f"size=0.4x{target}"
+    first = compress(trained, task, budget, run=tmp_path / "a").path.read_bytes()
+    assert compress(trained, task, budget, run=tmp_path / "b").path.read_bytes() == first
 
 
-def test_a_second_run_in_the_folder_measures_nothing_again(trained, task, tmp_path, monkeypatch):
-    first = compress(trained, task, "size=0.6x", run=tmp_path / "run").path.read_bytes()
-
-    def never(*_):
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(study_module, "_measure", never)
-    assert compress(trained, task, "size=0.6x", run=tmp_path / "run").path.read_bytes() == first
+def never(*_):
+    raise AssertionError("measured again")
 
 
-def test_a_run_stopped_in_the_middle_goes_on_where_it_was(trained, task, tmp_path, monkeypatch):
-    whole = compress(trained, task, "size=0.6x", run=tmp_path / "whole").path.read_bytes()
-    real, calls = study_module._measure, []
+def test_a_second_run_in_the_folder_tries_nothing_again(trained, task, tmp_path, monkeypatch):
+    first = compress(trained, task, "size=0.4x, drop=2", run=tmp_path / "run").path.read_bytes()
+    monkeypatch.setattr(Bench, "_trial", never)
+    again = compress(trained, task, "size=0.4x, drop=2", run=tmp_path / "run")
+    assert again.path.read_bytes() == first
+
+
+@needs_onnx
+def test_a_second_run_for_a_runtime_measures_no_choice_again(trained, task, tmp_path, monkeypatch):
+    budget = "size=0.6x, target=onnxruntime"
+    first = compress(trained, task, budget, run=tmp_path / "run").path.read_bytes()
+    monkeypatch.setattr(ladder_module, "_measure", never)
+    assert compress(trained, task, budget, run=tmp_path / "run").path.read_bytes() == first
+
+
+def test_a_run_stopped_at_any_trial_goes_on_where_it_was(trained, task, tmp_path, monkeypatch):
+    budget, real = "size=0.4x, drop=30", Bench.write
+    calls = []
+    monkeypatch.setattr(Bench, "write", lambda *args: calls.append(1) or real(*args))
+    whole = compress(trained, task, budget, run=tmp_path / "whole").path.read_bytes()
+    assert len(calls) > 2
+    for stop in range(len(calls)):
+        left = [None] * stop
+
+        def stopped(*args, left=left):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return real(*args)
+
+        monkeypatch.setattr(Bench, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compress(trained, task, budget, run=tmp_path / str(stop))
+        assert not (tmp_path / str(stop) / "model.tersor").exists()
+        again = []
+        monkeypatch.setattr(Bench, "write", lambda *args, a=again: a.append(1) or real(*args))
+        resumed = compress(trained, task, budget, run=tmp_path / str(stop))
+        assert resumed.path.read_bytes() == whole
+        assert len(again) == len(calls) - stop
+
+
+@needs_onnx
+def test_a_run_stopped_while_it_measures_goes_on_where_it_was(trained, task, tmp_path, monkeypatch):
+    budget = "size=0.6x, target=onnxruntime"
+    whole = compress(trained, task, budget, run=tmp_path / "whole").path.read_bytes()
+    real, calls = ladder_module._measure, []
 
     def stopped(*args):
         if len(calls) == 7:
@@ -125,14 +176,14 @@ def test_a_run_stopped_in_the_middle_goes_on_where_it_was(trained, task, tmp_pat
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr(study_module, "_measure", stopped)
+    monkeypatch.setattr(ladder_module, "_measure", stopped)
     with pytest.raises(KeyboardInterrupt):
-        compress(trained, task, "size=0.6x", run=tmp_path / "run")
+        compress(trained, task, budget, run=tmp_path / "run")
     assert not (tmp_path / "run" / "model.tersor").exists()
     again = []
-    monkeypatch.setattr(study_module, "_measure", lambda *a: again.append(a) or real(*a))
-    assert compress(trained, task, "size=0.6x", run=tmp_path / "run").path.read_bytes() == whole
-    total = sum(len(study_module.choices_for(s)) for s in study_module.walk(trained))
+    monkeypatch.setattr(ladder_module, "_measure", lambda *a: again.append(a) or real(*a))
+    assert compress(trained, task, budget, run=tmp_path / "run").path.read_bytes() == whole
+    total = sum(len(ladder_module.choices_for(s)) for s in walk(trained))
     assert len(again) == total - 7
 
 
@@ -184,32 +235,34 @@ def test_a_model_whose_code_was_changed_is_another_model(tmp_path):
     assert len(hashes) == 2
 
 
+@needs_onnx
 def test_without_inputs_kept_apart_batch_norms_stay_and_a_note_says_so(trained, tmp_path):
     single = classification(calibration=blobs(1, 1)[0])
-    result = compress(trained, single, "size=0.6x", run=tmp_path / "run")
+    result = compress(trained, single, "size=0.6x, target=onnxruntime", run=tmp_path / "run")
     assert any("statistics were not corrected" in note for note in result.report["notes"])
     assert "recover.batchnorm" not in [step["method"] for step in result.report["recipe"]]
 
 
+@needs_onnx
 def test_choices_that_break_the_network_are_left_out_and_counted(
     trained, task, tmp_path, monkeypatch
 ):
-    real = study_module._measure
+    real, budget = ladder_module._measure, "size=0.5x, target=onnxruntime"
 
     def breaking(site, choice, probe):
         size, loss = real(site, choice, probe)
         return [size, float("inf") if choice.label == "int4" else loss]
 
-    monkeypatch.setattr(study_module, "_measure", breaking)
-    report = compress(trained, task, "size=0.5x", run=tmp_path / "run").report
+    monkeypatch.setattr(ladder_module, "_measure", breaking)
+    report = compress(trained, task, budget, run=tmp_path / "run").report
     assert any(re.match(r"1 of \d+ choices made an output infinite", n) for n in report["notes"])
     assert "int4" not in {row["option"] for row in report["sensitivity"]}
     everything = [9, float("inf")]
     monkeypatch.setattr(
-        study_module, "_measure", lambda site, choice, _: everything if choice.steps else [9, 0.0]
+        ladder_module, "_measure", lambda site, choice, _: everything if choice.steps else [9, 0.0]
     )
     with pytest.raises(ModelError, match="infinite or NaN outputs whichever weight"):
-        compress(trained, task, "size=0.5x", run=tmp_path / "other")
+        compress(trained, task, budget, run=tmp_path / "other")
 
 
 def test_a_note_of_the_task_that_came_later_is_in_the_report(trained, tmp_path):
@@ -220,11 +273,7 @@ def test_a_note_of_the_task_that_came_later_is_in_the_report(trained, tmp_path):
 
 
 def test_a_smaller_file_that_keeps_the_quality_is_taken(trained, task, tmp_path, monkeypatch):
-    real = search_module.shortfalls
-    monkeypatch.setattr(
-        search_module, "fit", lambda bench, limit: search_module.propose(bench, limit - 96)
-    )
-    seen = []
+    real, seen = search_module.shortfalls, []
 
     def noisy(metrics, *rest):
         seen.append(metrics)
@@ -380,27 +429,24 @@ def test_killed_at_random_moments_the_file_is_the_same(tmp_path):
         assert (folder / "model.tersor").read_bytes() == whole
 
 
+@needs_onnx
 def test_a_folder_without_a_file_goes_to_the_next_job(trained, task, tmp_path, monkeypatch):
     with pytest.raises(BudgetError, match="the size limit binds"):
-        compress(trained, task, "size=500", run=tmp_path / "run")
-
-    def never(*_):
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(study_module, "_measure", never)
-    result = compress(trained, task, "size=0.6x", run=tmp_path / "run")
+        compress(trained, task, "size=500, target=onnxruntime", run=tmp_path / "run")
+    monkeypatch.setattr(ladder_module, "_measure", never)
+    result = compress(trained, task, "size=0.6x, target=onnxruntime", run=tmp_path / "run")
     assert result.path.stat().st_size <= 0.6 * safetensors_bytes(trained)
 
 
 def test_a_second_run_at_once_is_refused(trained, task, tmp_path, monkeypatch):
-    real = study_module._measure
+    real = coded_module.look
 
     def meanwhile(*args):
         with pytest.raises(OptionError, match="another run is at work in the folder"):
             compress(trained, task, "size=0.6x", run=tmp_path / "run")
         return real(*args)
 
-    monkeypatch.setattr(study_module, "_measure", meanwhile)
+    monkeypatch.setattr(coded_module, "look", meanwhile)
     assert compress(trained, task, "size=0.6x", run=tmp_path / "run").report["met"]
 
 

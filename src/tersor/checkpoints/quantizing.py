@@ -26,7 +26,7 @@ from tersor.methods.survey import Weight, blind_step, plain_weight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-STATES, THRIFT = 8, 0.4
+STATES, THRIFT = 8, 0.2
 """As `quantize.entropy` has them by default."""
 _BLOCK, _SAMPLE = 2**21, 2**22
 _FLOATS = (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from tersor.forms import Affine, Bitmask, Codebook, NofM
 from tersor.forms.form import Form
-from tersor.surgery.hold import hold
+from tersor.surgery.hold import hold, release
+from tersor.surgery.walk import walk
 
 
 def sparse_form(form: Form | None) -> Bitmask | NofM | None:
@@ -12,6 +15,17 @@ def sparse_form(form: Form | None) -> Bitmask | NofM | None:
     if form is None:
         return None
     return next((inner for inner in form.forms() if isinstance(inner, Bitmask | NofM)), None)
+
+
+def release_codes(model: nn.Module) -> nn.Module:
+    """Decodes every weight that is quantized, in place; what is only pruned stays so."""
+    for site in walk(model):
+        if site.form is None or sparse_form(site.form) is site.form:
+            continue
+        plain: nn.Parameter | None = None
+        for layer, attribute in site.uses:
+            plain = release(layer, attribute, plain)
+    return model
 
 
 def keep_zeros(coded: Affine | Codebook, sparse: Bitmask | NofM) -> None:

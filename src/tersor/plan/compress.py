@@ -13,6 +13,7 @@ from torch import nn
 
 from tersor.errors import BudgetError
 from tersor.measure import quality
+from tersor.methods.sparse import release_codes
 from tersor.plan.budget import Budget
 from tersor.plan.checks import check_job, check_reach
 from tersor.plan.coded import coded
@@ -81,6 +82,9 @@ def compress(
     # Before the folder is made: what cannot be used leaves nothing behind.
     check_job(model, task, limits, example=example, recipe=steps, profile=profile, seed=seed)
     original = plain_copy(model)
+    if steps is None and limits.target is None:
+        # Codes are chosen anew, from the values that the old ones stand for.
+        release_codes(original)
     job = {
         "tersor": VERSION,
         "model": model_hash(original),
