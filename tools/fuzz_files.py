@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
 
 FINDINGS = ROOT / "build" / "fuzz-findings"
 HANGS = 60
@@ -128,15 +128,12 @@ def use_native(path: Path) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """Reads mutants first, first + step, ... in this process."""
-    import torch
-
     if options.native:
         use_native(options.native)
     from fuzz_judge import OUTCOMES, Finding, Judge
     from fuzz_mutants import Mutants
     from fuzz_seeds import read_seeds
 
-    torch.set_num_threads(1)
     seeds = read_seeds(options.folder)
     mutants = Mutants(seeds, options.seed)
     judge = Judge(seeds, MOST_SPACE)
@@ -173,7 +170,7 @@ class Worker:
         command += ["--folder", str(self._folder), "--step", str(own.processes)]
         command += ["--files", str(own.files), "--seed", str(own.seed)]
         command += ["--seconds", str(max(0.0, self._ends - time.monotonic()))]
-        environment = dict(os.environ)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if own.native:
             command += ["--native", str(own.native)]
             environment |= SANITIZERS | {"LD_PRELOAD": " ".join(libraries(own.native))}
@@ -249,6 +246,7 @@ def report(options: argparse.Namespace, totals: list[int], seconds: float) -> No
     each = files / max(0.01, used.ru_utime + used.ru_stime)
     print(f"{files / seconds:.0f} a second, {each:.0f} for each second of a processor")
     if options.record:
+        sys.path.append(str(ROOT / "bench"))
         from _record import record
 
         figures = {"files": files, "outcomes": counts, "seconds": round(seconds)}
@@ -292,8 +290,11 @@ def main() -> int:
         return once(options)
     options.native = options.native or sanitized()
     # So that a run in the background can be stopped and still say what it has done.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return int(run(options) > 0)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return int(run(options) > 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

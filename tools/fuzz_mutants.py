@@ -1,5 +1,6 @@
 """Makes altered files out of whole ones: damaged anyhow, or with every checksum right again."""
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -243,7 +244,8 @@ def _another(value: Any, choose: random.Random) -> Any:
         return choose.choice(TEXTS) if way < 0.5 else value[choose.randrange(len(value) + 1) :]
     if way > 0.995:
         return _DEEP
-    return choose.choice((choose.choice(OTHERS), choose.choice(TEXTS), choose.choice(EDGES)))
+    other = copy.deepcopy(choose.choice(OTHERS))  # A later change may put something into it.
+    return choose.choice((other, choose.choice(TEXTS), choose.choice(EDGES)))
 
 
 def _strike(data: bytearray, choose: random.Random, other: bytes) -> None:

@@ -55,9 +55,9 @@ def test_seeds_load_and_have_every_coder_and_form(seeds):
 
 def test_a_mutant_depends_on_its_number_alone(seeds):
     forth, back = Mutants(seeds, seed=2), Mutants(seeds, seed=2)
-    there = [forth.make(number) for number in range(50)]
-    assert there == [back.make(number) for number in reversed(range(50))][::-1]
-    assert there != [Mutants(seeds, seed=3).make(number) for number in range(50)]
+    there = [forth.make(number) for number in range(300)]
+    assert there == [back.make(number) for number in reversed(range(300))][::-1]
+    assert there != [Mutants(seeds, seed=3).make(number) for number in range(300)]
 
 
 def test_most_mutants_pass_the_checksums(seeds):
@@ -93,6 +93,8 @@ def test_time_above_the_limit_is_a_finding(seeds, monkeypatch):
 
 
 def test_memory_above_the_stated_bound_is_a_finding(seeds, monkeypatch):
+    if not fuzz_judge._forget_peak():
+        pytest.skip("this system does not let a process measure its peak anew")
     judge, taken = Judge(seeds), []
 
     def wasting(*_, **__):
@@ -101,7 +103,7 @@ def test_memory_above_the_stated_bound_is_a_finding(seeds, monkeypatch):
     for name in ("load", "read_tensor"):
         monkeypatch.setattr(fuzz_judge, name, wasting)
     monkeypatch.setattr(fuzz_judge, "ALWAYS", 0)
-    with pytest.raises(Finding, match=r"took 4.. MiB, above the 0 MiB of docs/format.md"):
+    with pytest.raises(Finding, match=r"took \d{3} MiB, above the 0 MiB of docs/format.md"):
         judge.outcome(whole(seeds), 0)
 
 
