@@ -93,11 +93,12 @@ def test_points_of_a_trellis_decode_to_the_same_bits(step, kind, states, shape, 
     weight.view(-1)[0] = 3.0
     form = Trellis.encode(weight.to(dtype), step=step, states=states, axis=axis)
     narrow = as_affine(form)
-    assert isinstance(narrow, Affine) == (kind in ("INT4", "INT8"))
+    assert isinstance(narrow, Affine) == (kind in ("INT4", "INT8") and dtype == torch.float32)
     assert torch.equal(narrow.dense(), form.dense())
     writer = Writer("w", 21)
     value = lower(narrow, writer)
     assert torch.equal(run(writer.cast(value, torch.float32), writer), form.dense().float())
+    kind = "INT8" if kind == "INT4" and dtype == torch.bfloat16 else kind
     each = {"INT4": 0.5, "INT8": 1, "INT16": 2, "INT32": 4}[kind]
     assert writer.stored["w.codes"] == (kind, math.ceil(math.prod(shape) * each))
     said = [f"stored as {kind.lower()}: it has points beyond 127"]

@@ -110,8 +110,10 @@ def _affine(form: Affine, writer: Writer, role: str, bits: int | None) -> Any:
 def as_affine(form: Trellis) -> Affine | Trellis:
     """The same weight as codes of the fewest bits with a scale for each row, at most 8 bits.
 
-    The form itself where its points need more.
+    The form itself where its points need more, or where a step rounded to 16 bits would be another.
     """
+    if form.dtype != torch.float32:
+        return form
     points = form.points()
     largest = int(points.abs().max()) if points.numel() else 0
     bits = max(2, largest.bit_length() + 1)
