@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 from tersor.codec import load
 from tersor.errors import BudgetError, ModelError, OptionError, OutputError, TaskError
-from tersor.measure import quality, safetensors_bytes
+from tersor.measure import quality, safetensors_bytes, statistics
 from tersor.plan import coded as coded_module
 from tersor.plan import compress
 from tersor.plan import ladder as ladder_module
@@ -56,6 +56,12 @@ def blobs(n, seed):
     patterns = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(99))
     y = torch.randint(0, 3, (n,), generator=g)
     return patterns[y] + 1.2 * torch.randn(n, 1, 8, 8, generator=g), y
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    # No test here asks how wide an interval is, and a thousand take half of a run's time.
+    monkeypatch.setattr(statistics, "RESAMPLES", 50)
 
 
 @pytest.fixture(scope="module")
