@@ -114,7 +114,9 @@ def test_four_bits_in_groups_take_half_a_byte(tmp_path):
     assert done.difference.relative < 1e-6
 
 
-@pytest.mark.parametrize(("bits", "kinds"), [(1.5, "int4|int8"), (4.0, "int8"), (11.0, "int8|int16")])
+@pytest.mark.parametrize(
+    ("bits", "kinds"), [(1.5, "int4|int8"), (4.0, "int8"), (11.0, "int8|int16")]
+)
 def test_codes_of_a_trellis_are_stored_by_the_width_of_their_points(tmp_path, bits, kinds):
     class Several(nn.Module):
         def __init__(self):
