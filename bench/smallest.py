@@ -81,10 +81,12 @@ def cifar() -> tersor.Task:
     The networks are sure of every image they were trained on, and the test images tell another
     story. Two images laid over each other leave them as unsure.
     """
-    images, others = cropped(IMAGES + 128), cropped(IMAGES, seed=1)
-    share = torch.rand(IMAGES, 1, 1, 1, generator=torch.Generator().manual_seed(0)) / 2
-    mixed = images[:IMAGES] * (1 - share) + others * share
-    return classification(test=zoo.cifar10("test"), calibration=mixed, holdout=images[IMAGES:])
+    count = IMAGES + 128
+    share = torch.rand(count, 1, 1, 1, generator=torch.Generator().manual_seed(0)) / 2
+    mixed = cropped(count) * (1 - share) + cropped(count, seed=1) * share
+    return classification(
+        test=zoo.cifar10("test"), calibration=mixed[:IMAGES], holdout=mixed[IMAGES:]
+    )
 
 
 def imagenet() -> tersor.Task:
@@ -124,7 +126,7 @@ NETWORKS = {
     "stories": Network(
         zoo.stories260k, lambda: stories.task(256), (4.6, 4.4, 4.0, 3.6, 3.2), {}, 64
     ),
-    "minilm": Network(sentences.model, pairs, (3.9, 3.1, 2.6, 2.2), {}, 8),
+    "minilm": Network(sentences.model, pairs, (3.9, 3.1, 2.6, 2.2, 1.9), {}, 8),
 }
 
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from tersor.forms import Dense
 from tersor.forms.form import rows
-from tersor.measure import evaluating, swapped
+from tersor.measure import evaluating, reference_outputs, swapped
+from tersor.measure.channels import channels, norms_of
 from tersor.measure.curvature import Curvature, GradientError, curvature
+from tersor.methods.norms import Original
 from tersor.surgery.walk import Site
 from tersor.task import Inputs, Task
 
@@ -52,6 +54,7 @@ class Known:
     own: of a vector, its mean curvature, 0 where none is known
     blind: weights that matter although no gradient says how much
     reason: why there were no gradients at all; empty where there were
+    original: what batch norms saw and what was answered; None without batch norms
     """
 
     samples: int
@@ -60,6 +63,7 @@ class Known:
     own: dict[str, float] = field(default_factory=dict)
     blind: list[str] = field(default_factory=list)
     reason: str = ""
+    original: Original | None = None
 
 
 def learn(
@@ -86,6 +90,10 @@ def learn(
         kept = np.mean([along.kept * across.kept for along, across in found.effects[site.name]])
         found.left[site.name] = own.get(site.name, curve.own) * float(kept)
     found.own = {vector.name: curved[vector.name].own for vector in vectors}
+    held_out = task.holdout(samples) if norms_of(model) else []
+    if held_out:
+        answers = reference_outputs(model, task, held_out)
+        found.original = Original(channels(model, task, batches), answers)
     return found
 
 

@@ -25,6 +25,7 @@ from tersor.errors import OptionError
 from tersor.forms.trellis import TAPS
 from tersor.methods.effects import Known
 from tersor.methods.fitting import fit
+from tersor.methods.norms import correct, matched
 from tersor.methods.survey import survey
 from tersor.recipe import Outcome, method
 from tersor.surgery.fold import absorb_statistics
@@ -67,12 +68,26 @@ def entropy(
     best = fit(found.weights, bits, states, thrift)
     for weight, codes in zip(found.weights, best.codes, strict=True):
         weight.site.hold(weight.form(codes, best.step * weight.step, states=states))
+    corrected = _correct(model, task, found.known, samples)
     for vector in found.vectors:
         vector.site.hold(vector.form(best.step, bits))
     steps = [best.step * weight.step for weight in found.weights]
     blind = {site.name for site in sites} & {*(found.known.blind if found.known else ())}
     outcome = {"bits": best.reached, "finest": min(steps), "coarsest": max(steps)}
+    if corrected is not None:
+        outcome["corrected"] = corrected
     return model, outcome | ({"without_gradients": len(blind)} if blind else {})
+
+
+def _correct(model: nn.Module, task: Task | None, known: Known | None, samples: int) -> bool | None:
+    """Moves scale and shift of batch norms, if that helps; None where there are none to move."""
+    if task is None or known is None or known.original is None:
+        return None
+    batches, held_out = task.calibration(samples), task.holdout(samples)
+    kept = correct(model, task, batches, held_out, known.original, matched).kept
+    if kept:
+        absorb_statistics(model)
+    return kept
 
 
 def look(model: nn.Module, task: Task, samples: int = 512) -> Known:

@@ -14,24 +14,19 @@ the batch norm's inputs in the compressed (c) and the original (f) network on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from tersor.errors import ModelError, OptionError, TaskError
-from tersor.measure import evaluating
+from tersor.measure import reference_outputs
+from tersor.measure.channels import Channels, Norms, channels, norms_of
+from tersor.methods.norms import Original, Statistics, correct
 from tersor.recipe import Outcome, method
 from tersor.surgery.walk import kind_of
-from tersor.task import Inputs, Task
-
-Norms = dict[str, _BatchNorm]
-# Number of values, their sum and their sum of squares, per channel.
-Sums = tuple[Tensor, Tensor, Tensor]
+from tersor.task import Task
 
 
 @method
@@ -58,118 +53,30 @@ def batchnorm(
             "recover.batchnorm compares with the network before compression; use run(), which "
             "passes it, or batchnorm(model, task, original=network)"
         )
-    norms, targets = _norms(model), _norms(original)
-    _check_pairs(norms, targets, model)
+    norms = norms_of(model)
+    _check_pairs(norms, norms_of(original), model)
     held_out = task.holdout(samples)
     if not held_out:
         raise TaskError(
             "recover.batchnorm judges itself on held-out inputs and the task has none; "
             "give it more samples, or holdout=inputs"
         )
-    with evaluating(original), evaluating(model):
-        wanted = [task.predict(original, inputs) for inputs in held_out]
-        before = _divergence(model, task, held_out, wanted)
-        saved = {name: _statistics_of(norm) for name, norm in norms.items()}
-        _correct(model, original, task, task.calibration(samples), saved)
-        after = _divergence(model, task, held_out, wanted)
-        kept = after < before
-        if not kept:
-            for name, norm in norms.items():
-                _set(norm, *saved[name])
-    outcome = {"kept": kept, "divergence_before": before, "divergence_after": after}
+    batches = task.calibration(samples)
+    before = Original(
+        channels(original, task, batches), reference_outputs(original, task, held_out)
+    )
+    done = correct(model, task, batches, held_out, before, _shifted)
+    outcome = {"kept": done.kept, "divergence_before": done.before, "divergence_after": done.after}
     return model, {**outcome, "layers": len(norms)}
 
 
-def _correct(
-    model: nn.Module,
-    original: nn.Module,
-    task: Task,
-    batches: list[Inputs],
-    saved: dict[str, tuple[Tensor, Tensor]],
-) -> None:
-    """Corrects each batch norm just before it runs, with the sums of all batches so far.
-
-    All at once would not do: each layer would answer for the shifts of all layers before it again,
-    and a deep network diverges. In order, each sees inputs that are corrected already.
-    """
-    norms, seen, reference = _norms(model), dict[str, Sums](), dict[str, Sums]()
-
-    def watch(name: str, values: Tensor) -> None:
-        reference[name] = _added(reference.get(name), values)
-
-    def correct(name: str, values: Tensor) -> None:
-        seen[name] = _added(seen.get(name), values)
-        if name in reference:
-            shifted = _shifted(saved[name], seen[name], reference[name], norms[name].eps)
-            _set(norms[name], *shifted)
-
-    for inputs in batches:
-        with _before_each(_norms(original), watch):
-            task.predict(original, inputs)
-        with _before_each(norms, correct):
-            task.predict(model, inputs)
-
-
-def _shifted(
-    saved: tuple[Tensor, Tensor], seen: Sums, reference: Sums, smallest: float
-) -> tuple[Tensor, Tensor]:
+def _shifted(saved: Statistics, seen: Channels, reference: Channels, smallest: float) -> Statistics:
     """The equations of the module's docstring; a channel that hardly varies keeps its variance."""
     mean0, var0 = saved
-    mean_c, var_c = _moments(seen)
-    mean_f, var_f = _moments(reference)
-    varies = (var_c > smallest) & (var_f > smallest)
-    scale = torch.where(varies, var0 / var_f, 1.0)
-    return mean0 + (mean_c - mean_f) * scale.sqrt(), torch.where(varies, scale * var_c, var0)
-
-
-def _added(sums: Sums | None, values: Tensor) -> Sums:
-    channels = values.detach().transpose(0, 1).flatten(1).double()
-    count = torch.tensor(float(channels.shape[1]), dtype=torch.float64, device=values.device)
-    new = count, channels.sum(1), channels.square().sum(1)
-    return new if sums is None else (sums[0] + new[0], sums[1] + new[1], sums[2] + new[2])
-
-
-def _moments(sums: Sums) -> tuple[Tensor, Tensor]:
-    count, total, squares = sums
-    mean = total / count
-    return mean, (squares / count - mean.square()).clamp(min=0)
-
-
-@contextmanager
-def _before_each(norms: Norms, call: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside the block `call(name, inputs)` comes before each batch norm runs."""
-    with ExitStack() as stack:
-        for name, norm in norms.items():
-            hook = norm.register_forward_pre_hook(
-                lambda _, inputs, name=name: call(name, inputs[0])
-            )
-            stack.callback(hook.remove)
-        yield
-
-
-def _divergence(model: nn.Module, task: Task, batches: list[Inputs], wanted: list[Tensor]) -> float:
-    rows = [
-        task.divergence(reference, task.predict(model, inputs)).double()
-        for inputs, reference in zip(batches, wanted, strict=True)
-    ]
-    return float(torch.cat(rows).mean())
-
-
-def _norms(model: nn.Module) -> Norms:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
-
-
-def _statistics_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    return norm.get_buffer("running_mean").double(), norm.get_buffer("running_var").double()
-
-
-def _set(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    norm.get_buffer("running_mean").copy_(mean)
-    norm.get_buffer("running_var").copy_(variance)
+    varies = (seen.variance > smallest) & (reference.variance > smallest)
+    scale = torch.where(varies, var0 / reference.variance, 1.0)
+    mean = mean0 + (seen.mean - reference.mean) * scale.sqrt()
+    return mean, torch.where(varies, scale * seen.variance, var0)
 
 
 def _check_pairs(norms: Norms, targets: Norms, model: nn.Module) -> None:
