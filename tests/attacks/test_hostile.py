@@ -13,7 +13,7 @@ import zstandard
 from torch import nn
 
 from attacks.forge import Pieces, digest
-from tersor.codec import load, read_header, save, verify
+from tersor.codec import load, read_header, read_tensor, save, verify
 from tersor.codec.coders import encode_group
 from tersor.errors import FileError
 from tersor.forms import Affine, Bitmask, Codebook, Trellis
@@ -322,6 +322,15 @@ def test_a_trellis_of_impossible_states_is_refused(tmp_path, refused, states):
     pieces = Pieces.of(save(net, tmp_path / "net.tersor"))
     module(pieces, "")["weight"][2]["states"] = states
     refused(pieces, "cannot be rebuilt", load, verify)
+
+
+@pytest.mark.parametrize("rows", [2, 5, 9])
+def test_rows_that_the_parts_of_a_form_do_not_have_are_refused(tmp_path, refused, rows):
+    net = nn.Linear(36, 6)
+    hold(net, "weight", Affine.encode(net.weight, bits=4, group_size=12, symmetric=False))
+    pieces = Pieces.of(save(net, tmp_path / "net.tersor"))
+    module(pieces, "")["weight"][1][0] = rows
+    refused(pieces, "cannot be rebuilt", lambda path: read_tensor(path, "weight", slice(0, 2)))
 
 
 def test_forms_inside_forms_are_bounded(pieces, refused):

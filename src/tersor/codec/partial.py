@@ -98,6 +98,8 @@ def _cut(
         if not isinstance(part, Plain):
             return None
         own = name in _BY_ROW[tensor.form] and part.count > 1
+        if own and not _divisible(part, tensor.shape[0]):
+            return None
         found = _plain_cut(part, tensor.shape[0], span) if own else (part, None)
         parts.append((name, found[0]))
         windows.append(found[1])
@@ -114,6 +116,11 @@ def _has_rows(tensor: Formed) -> bool:
         # One row of everything: it can be cut where nothing runs along it.
         return config.get("group_size") is None and config.get("states", 1) == 1
     return bool(config.get("axis", 0) == 0)
+
+
+def _divisible(part: Plain, rows: int) -> bool:
+    """Whether it has as much of everything for each of so many rows; a file may say otherwise."""
+    return part.shape[0] == rows or (part.shape[0] == 1 and part.count % rows == 0)
 
 
 def _plain_cut(plain: Plain, rows: int, span: tuple[int, int]) -> tuple[Plain, Window]:
