@@ -1,14 +1,20 @@
 """Bytes and speed of the codec beside other ways to store the same numbers, one thread.
 
-    python bench/codec.py                     all parts
+    python bench/codec.py                     all parts (about ten minutes)
     python bench/codec.py integers lossless   some, beside what was measured before
+    python bench/codec.py --table             none: the table of the docs from what is recorded
 
-integers: weights rounded to one step, and round-to-nearest at 8 and 4 bits, by our profiles, zstd,
-constriction and NNCodec. lossless: MiniLM as bfloat16 and float32. files: saving and loading.
-Repetitions take turns, so that what else the machine does meets all alike; the least counts.
-Peers that are not installed are skipped, and the results say so.
+integers: weights rounded to nearest at 2 to 8 bits, to one step for all, and by a trellis; by our
+profiles and simpler coders, zstd, constriction and NNCodec. lossless: MiniLM as bfloat16 and
+float32, by us, zstd and zipnn. threads: MiniLM loaded by one thread and by two. Repetitions take
+turns, so that what else the machine does meets all alike; the least counts. Peers that are not
+installed are left out, and the results say so:
+
+    pip install constriction zipnn; pip install --no-deps --no-build-isolation nncodec
 """
 
+import argparse
+import copy
 import importlib.resources
 import json
 import sys
@@ -24,32 +30,41 @@ import numpy as np
 import torch
 import zstandard
 from _record import RESULTS, record
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+import sentences
 import zoo
 from tersor.codec import coders, load, save
 from tersor.codec.coders import Shape
-from tersor.forms import Affine
-from tersor.methods import run
+from tersor.forms import Affine, Trellis
+from tersor.surgery import walk
 
-PROFILES = ("fast", "small", "max")
-NNCODEC = {5: 2.618, 4: 1.724}
-"""Bits per weight of NNCodec 2.1.3 at a step of 2**-key, scalar quantization, on ResNet-56."""
+BITS = (2, 3, 4, 5, 6, 8)
+STEPS = (8, 5, 4)
+"""Of ResNet-56: one step of 2**-n for all its weights, at which NNCodec is compared."""
+OF_RMS = (1.0, 0.5, 0.25)
+STATES = 8
 REPEATS = 3
 
-Work = Callable[[], Any]
+Encode, Decode = Callable[[], Any], Callable[[Any], Any]
+Ways = dict[str, tuple[Encode, Decode]]
 Figures = dict[str, Any]
 
 
 def main() -> None:
     """Writes bench/results/codec.json."""
-    torch.set_num_threads(1)
-    parts = {"integers": integers, "lossless": lossless, "files": files}
-    found = {name: parts[name]() for name in sys.argv[1:] or parts}
+    parser = argparse.ArgumentParser(description="Bytes and speed of the codec.")
+    parser.add_argument("parts", nargs="*", help=f"among {list(PARTS)}")
+    parser.add_argument("--table", action="store_true", help="print what is recorded")
+    options = parser.parse_args()
     path = RESULTS / "codec.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
-    found = {name: (earlier | found)[name] for name in parts if name in earlier | found}
-    record("codec", found, packages=("numpy", "zstandard", "constriction", "zipnn", "nncodec"))
+    found = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
+    if not options.table:
+        torch.set_num_threads(1)
+        found |= {name: PARTS[name]() for name in options.parts or PARTS}
+        found = {name: found[name] for name in PARTS if name in found}
+        record("codec", found, packages=("numpy", "zstandard", "constriction", "zipnn", "nncodec"))
+    print(table(found))
 
 
 def integers() -> Figures:
@@ -58,41 +73,57 @@ def integers() -> Figures:
     for name in ("resnet20", "resnet56", "minilm"):
         tensors = minilm() if name == "minilm" else list(getattr(zoo, name)().parameters())
         weights = [t.detach().float() for t in tensors if t.is_floating_point() and t.dim() >= 2]
-        if name == "resnet56":
-            for step, bits in NNCODEC.items():
-                codes = [torch.round(w * 2**step).to(torch.int32).flatten(1) for w in weights]
-                rows = coded([c.numpy() for c in codes], weights, 8)
-                size = sum(c.numel() for c in codes)
-                rows["nncodec 2.1.3, known"] = {"bytes": round(bits * size / 8)}
-                found[f"{name}, step 2**-{step}"] = rows
-        for bits in (8, 4):
-            codes = [Affine.encode(w, bits=bits).codes for w in weights]
-            found[f"{name}, {bits} bits"] = coded([c.numpy() for c in codes], weights, bits)
+        kernels = [int(np.prod(weight.shape[2:])) for weight in weights]
+        for bits in BITS:
+            codes = [Affine.encode(weight, bits=bits).codes.numpy() for weight in weights]
+            found[f"{name}, {bits} bits"] = coded(codes, kernels, bits=bits)
+        for share in OF_RMS:
+            codes = [trellis(weight, share).codes.numpy() for weight in weights]
+            found[f"{name}, trellis {share}"] = coded(codes, kernels, states=STATES)
+        for step in STEPS if name == "resnet56" else ():
+            codes = [torch.round(w * 2**step).to(torch.int32).flatten(1).numpy() for w in weights]
+            found[f"{name}, step 2**-{step}"] = coded(codes, kernels)
     return found
 
 
-def coded(codes: list[Any], weights: list[torch.Tensor], bits: int) -> Figures:
-    """Bytes, and millions of weights a second, of each coder."""
-    kernels = [int(np.prod(w.shape[2:])) for w in weights]
-    shapes = [Shape(*c.shape, k) for c, k in zip(codes, kernels, strict=True)]
+def trellis(weight: torch.Tensor, share: float) -> Trellis:
+    """At a step of this share of the root mean square."""
+    return Trellis.encode(weight, step=share * float(weight.square().mean().sqrt()), states=STATES)
+
+
+def coded(codes: list[Any], kernels: list[int], *, bits: int = 16, states: int = 1) -> Figures:
+    """Bytes, and millions of weights a second, of each coder. Peers know nothing of a trellis."""
+    shapes = [Shape(*c.shape, k, states) for c, k in zip(codes, kernels, strict=True)]
     flat = np.concatenate([c.reshape(-1) for c in codes])
     wide: Any = np.int8 if int(np.abs(flat).max()) < 128 else np.int16
-    ways: dict[str, tuple[Work, Callable[[Any], Any]]] = {
+    ways: Ways = {
         profile: (
-            lambda p=profile: coders.encode_group(codes, profile=p, kernels=kernels),
+            lambda p=profile: coders.encode_group(
+                codes, profile=p, kernels=kernels, states=[states] * len(codes)
+            ),
             lambda data, p=profile: coders.decode_group(data, shapes, profile=p, dtype=wide),
         )
-        for profile in PROFILES
+        for profile in coders.PROFILES
     }
-    plain = flat.astype(wide)
-    if bits == 4:
-        nibbles = np.append(plain + 8, np.zeros(plain.size % 2, wide)).astype(np.uint8)
-        plain = nibbles[::2] | nibbles[1::2] << 4
-    ways["zstd-3"] = zstd(plain.tobytes())
-    return raced(ways, flat.size, "mw_s", 1e6) | constriction(flat)
+    if states == 1:
+        ways |= {"zstd-3": zstd(packed(flat.astype(wide), bits))}
+        ways |= constriction(flat) | nncodec(codes)
+    found = raced(ways, flat.size, "mw_s", 1e6)
+    for row in found.values():
+        row["bits_per_weight"] = round(8 * row["bytes"] / flat.size, 3)
+    return found
 
 
-def zstd(content: bytes) -> tuple[Work, Callable[[Any], Any]]:
+def packed(flat: Any, bits: int) -> bytes:
+    """Codes of up to 4 bits two to a byte or more, others as they are."""
+    if bits > 4:
+        return bytes(flat.tobytes())
+    each = 8 // bits
+    rows = np.pad(flat.astype(np.int64) & (2**bits - 1), (0, -flat.size % each)).reshape(-1, each)
+    return (rows << (bits * np.arange(each))).sum(1).astype(np.uint8).tobytes()
+
+
+def zstd(content: bytes) -> tuple[Encode, Decode]:
     """Level 3, beyond which weights get no smaller."""
     return (
         lambda: zstandard.ZstdCompressor(level=3).compress(content),
@@ -100,14 +131,13 @@ def zstd(content: bytes) -> tuple[Work, Callable[[Any], Any]]:
     )
 
 
-def constriction(flat: Any) -> Figures:
+def constriction(flat: Any) -> Ways:
     """Its range coder with one table for all."""
     try:
         import constriction as peer
     except ImportError:
-        return {"constriction": {"skipped": "not installed"}}
-    least = int(flat.min())
-    symbols = (flat - least).astype(np.int32)
+        return {}
+    symbols = (flat - int(flat.min())).astype(np.int32)
     shares = np.bincount(symbols).astype(np.float32) / flat.size
     model = peer.stream.model.Categorical(shares, perfect=False)
 
@@ -116,10 +146,48 @@ def constriction(flat: Any) -> Figures:
         coder.encode_reverse(symbols, model)
         return coder.get_compressed()
 
-    def decode(data: Any) -> Any:
-        return peer.stream.stack.AnsCoder(data).decode(model, flat.size)
+    return {
+        "constriction": (
+            encode,
+            lambda data: peer.stream.stack.AnsCoder(data).decode(model, flat.size),
+        )
+    }
 
-    return raced({"constriction": (encode, decode)}, flat.size, "mw_s", 1e6)
+
+def nncodec(codes: list[Any]) -> Ways:
+    """Its coder alone, as its own default uses it, a stream for each weight."""
+    try:
+        from nncodec.extensions import deepCABAC as peer  # noqa: N813
+    except ImportError:
+        return {}
+    off = (peer.HdspMode.AlwaysOff, np.zeros(2, np.int8))
+    arrays = [np.ascontiguousarray(c, np.int32) for c in codes]
+
+    def encode() -> list[bytes]:
+        streams = []
+        for array in arrays:
+            coder = peer.Encoder()
+            coder.initCtxModels(_UNARY, 1)
+            skipped = np.zeros(len(array), np.int32)
+            coder.encodeLayer(array, 0, 0, 0, 0, 0, skipped, *off, 0, 0)
+            streams.append(coder.finish().tobytes())
+        return streams
+
+    def decode(streams: list[bytes]) -> None:
+        for stream, array in zip(streams, arrays, strict=True):
+            coder, found = peer.Decoder(), np.zeros_like(array)
+            coder.setStream(np.frombuffer(stream, np.uint8))
+            coder.initCtxModels(_UNARY)
+            coder.decodeLayer(found, 0, 0, 0, 0, *off, 0, 0)
+            coder.finish()
+            if not np.array_equal(found, array):
+                raise AssertionError("nncodec does not give the codes back")
+
+    return {"nncodec": (encode, decode)}
+
+
+_UNARY = 11
+"""Its default number of bins before the escape."""
 
 
 def lossless() -> Figures:
@@ -130,26 +198,24 @@ def lossless() -> Figures:
         bits = torch.uint16 if dtype is torch.bfloat16 else torch.uint32
         words = [t.reshape(len(t), -1).view(bits).numpy() for t in tensors]
         content = b"".join(w.tobytes() for w in words)
-
-        def encode(words: list[Any] = words, kind: str = name) -> list[bytes]:
-            return [coders.encode_floats(w, kind=kind) for w in words]
-
-        def decode(data: list[bytes], words: list[Any] = words, kind: str = name) -> Any:
-            pairs = zip(data, words, strict=True)
-            return [coders.decode_floats(d, w.shape, kind=kind) for d, w in pairs]
-
-        ways = {"tersor": (encode, decode), "zstd-3": zstd(content), **zipnn(content, name)}
-        rows = raced(ways, len(content), "gb_s", 1e9)
-        if "zipnn" not in ways:
-            rows["zipnn"] = {"skipped": "not installed"}
-        for row in rows.values():
-            if "bytes" in row:
-                row["bits_per_weight"] = round(8 * row["bytes"] * dtype.itemsize / len(content), 3)
-        found[name] = rows
+        ways = floats(words, name) | {"zstd-3": zstd(content)} | zipnn(content, name)
+        found[name] = raced(ways, len(content), "gb_s", 1e9)
+        for row in found[name].values():
+            row["bits_per_weight"] = round(8 * row["bytes"] * dtype.itemsize / len(content), 3)
     return found
 
 
-def zipnn(content: bytes, kind: str) -> dict[str, tuple[Work, Callable[[Any], Any]]]:
+def floats(words: list[Any], kind: str) -> Ways:
+    """Ours, a stream for each tensor."""
+
+    def decode(data: list[bytes]) -> None:
+        for stream, word in zip(data, words, strict=True):
+            coders.decode_floats(stream, word.shape, kind=kind)
+
+    return {"tersor": (lambda: [coders.encode_floats(w, kind=kind) for w in words], decode)}
+
+
+def zipnn(content: bytes, kind: str) -> Ways:
     """It changes the buffer that it is given, and so gets a copy each time."""
     try:
         from zipnn import ZipNN
@@ -159,42 +225,26 @@ def zipnn(content: bytes, kind: str) -> dict[str, tuple[Work, Callable[[Any], An
     return {"zipnn": (lambda: peer.compress(bytearray(content)), peer.decompress)}
 
 
-def files() -> Figures:
-    """Seconds to save and to load a quantized network, by profile, and with two threads."""
-    found = {}
-    for name, net in (("resnet56", zoo.resnet56()), ("minilm", _encoder())):
-        small = run(net, [{"method": "quantize.entropy", "options": {"bits": 3.0}}])
-        rows: Figures = {}
-        with tempfile.TemporaryDirectory() as folder:
-            plain = Path(folder, "net.safetensors")
-            save_file({k: v.contiguous() for k, v in net.state_dict().items()}, plain)
-            ways: dict[str, Work] = {"safetensors": lambda p=plain: load_file(p)}
-            for profile in PROFILES:
-                path = Path(folder, f"{profile}.tersor")
-                started = time.process_time()
-                save(small, path, graph=False, profile=profile)
-                rows[profile] = {"save_s": round(time.process_time() - started, 2)}
-                rows[profile]["bytes"] = path.stat().st_size
-                for threads in (1, 2):
-                    ways[f"{profile}, {threads}"] = lambda p=path, t=threads, n=net: load(
-                        p, into=_like(n), threads=t
-                    )
-            rows["load_wall_s"] = least(ways, time.perf_counter)
-        found[name] = rows
+def threads() -> Figures:
+    """Seconds on the clock to load MiniLM of trellis codes with one thread and with two."""
+    net, found = sentences.model(), {}
+    small = copy.deepcopy(net)
+    for site in walk(small):
+        site.hold(trellis(site.weight, 0.5))
+    with tempfile.TemporaryDirectory() as folder:
+        for profile in ("fast", "small", "max"):
+            path = save(small, Path(folder, f"{profile}.tersor"), graph=False, profile=profile)
+            into = {count: copy.deepcopy(net) for count in (1, 2)}
+            ways = {n: lambda p=path, n=n, to=into: load(p, into=to[n], threads=n) for n in into}
+            seconds = least(ways, time.perf_counter)
+            found[profile] = {"bytes": path.stat().st_size}
+            found[profile] |= {f"load_s_{n}": round(seconds[n], 4) for n in seconds}
+            found[profile]["ratio"] = round(seconds[1] / seconds[2], 2)
+            print(profile, found[profile], flush=True)
     return found
 
 
-def _like(net: torch.nn.Module) -> torch.nn.Module:
-    import copy
-
-    return copy.deepcopy(net)
-
-
-def _encoder() -> torch.nn.Module:
-    import sentences
-
-    model: torch.nn.Module = sentences.model()
-    return model
+PARTS = {"integers": integers, "lossless": lossless, "threads": threads}
 
 
 def minilm() -> list[torch.Tensor]:
@@ -203,9 +253,7 @@ def minilm() -> list[torch.Tensor]:
     return list(load_file(next(package.rglob("*.safetensors"))).values())
 
 
-def raced(
-    ways: dict[str, tuple[Work, Callable[[Any], Any]]], size: int, unit: str, scale: float
-) -> Figures:
+def raced(ways: Ways, size: int, unit: str, scale: float) -> Figures:
     """Bytes and speeds of each way: what encodes, and what decodes that."""
     data = {name: encode() for name, (encode, _) in ways.items()}
     encoding = least({name: encode for name, (encode, _) in ways.items()})
@@ -223,8 +271,8 @@ def raced(
 
 
 def least(
-    ways: dict[str, Work], clock: Callable[[], float] = time.process_time
-) -> dict[str, float]:
+    ways: dict[Any, Callable[[], Any]], clock: Callable[[], float] = time.process_time
+) -> dict[Any, float]:
     """Least seconds of each, taken by turns."""
     found = dict.fromkeys(ways, float("inf"))
     for _ in range(REPEATS):
@@ -233,6 +281,17 @@ def least(
             work()
             found[name] = min(found[name], clock() - started)
     return found
+
+
+def table(found: Figures) -> str:
+    """What was recorded, as Markdown: bits per weight, and speed of decoding."""
+    names = ("fast", "small", "max", "zstd-3", "constriction", "nncodec")
+    lines = ["| codes | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for key, rows in found.get("integers", {}).items():
+        cells = [f"{rows[n]['bits_per_weight']} ({rows[n]['decode_mw_s']:g})" if n in rows else "-"
+                 for n in names]  # fmt: skip
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
