@@ -122,7 +122,7 @@ NETWORKS = {
     "resnet56": Network(zoo.resnet56, cifar, _CURVE, {}, 64),
     "resnet8": Network(zoo.resnet8, cifar, (4.0, 3.6, 3.2, 2.8), {0.0123: 42_000}),
     "mobilenet": Network(zoo.mobilenet_v1, imagenet, (5.2, 4.8, 4.4, 4.0), {0.0176: 289_000}),
-    "silero": Network(zoo.silero_vad, speech.task, (4.0, 3.4, 3.0, 2.6), {0.0013: 146_000}),
+    "silero": Network(zoo.silero_vad, speech.task, (4.0, 3.4, 3.0, 2.6, 2.3), {0.0013: 146_000}),
     "stories": Network(
         zoo.stories260k, lambda: stories.task(256), (4.6, 4.4, 4.0, 3.6, 3.2), {}, 64
     ),

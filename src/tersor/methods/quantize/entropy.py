@@ -8,7 +8,8 @@ a runtime that computes with short codes use `quantize.rtn`: these have no fixed
 Source: Fischer, Wang 1992, "Entropy-constrained trellis-coded quantization", IEEE Trans.
 Information Theory 38(2); Frantar et al. 2022 (GPTQ), arXiv:2210.17323, eq. 2 and 3, and Tseng et
 al. 2025 (YAQA), arXiv:2505.22988, for errors fed along inputs and across outputs; Wiegand, Schwarz
-2011, "Source coding: part I", section 4.3, for one Lagrangian over all weights.
+2011, "Source coding: part I", section 4.3, for one Lagrangian over all weights; Sun et al. 2019,
+arXiv:1909.01532, section 3.3, for batch norms that follow.
 Differs from the papers: each survivor of the trellis feeds its own errors forward. Batch norms are
 reduced to a scale and a shift first, and one-dimensional tensors are quantized too.
 """
@@ -56,8 +57,8 @@ def entropy(
     samples: calibration inputs to use, at most; best are those that leave the network unsure
     include, exclude: patterns on names and types, see `walk`
 
-    The step's outcome holds the estimated bits, the finest and coarsest step, and the number of
-    weights that gradients say nothing of, if there are such. Raises OptionError for a weight that
+    The step's outcome holds the estimated bits, the finest and coarsest step, whether batch norms
+    were corrected, and the number of weights that gradients say nothing of, if there are such. Raises OptionError for a weight that
     is quantized already, TaskError for a task without inputs.
     """
     if states not in TAPS:
