@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import cifar10
 import zoo
 from surgery.nets import NETS, make
-from tersor.codec import coders
+from tersor.codec import coders, load, save
 from tersor.errors import OptionError
 from tersor.forms import Trellis
 from tersor.measure import divergence_of, reference_outputs
@@ -149,3 +150,13 @@ def test_a_real_network_keeps_its_answers_in_a_seventh_of_the_bytes():
     apart = divergence_of(done, given, images, reference_outputs(model, given, images))
     assert apart < 0.02
     assert coded_bits(done) < 2.9
+
+
+def test_a_layer_with_weight_norm_takes_what_was_stored_of_it(tmp_path):
+    def normed():
+        torch.manual_seed(0)
+        return nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 8)), nn.Linear(8, 2))
+
+    small = entropy(normed(), bits=4.0)
+    loaded = load(save(small, tmp_path / "net.tersor", graph=False), into=normed())
+    assert torch.equal(loaded(noise(3, 16)), small(noise(3, 16)))

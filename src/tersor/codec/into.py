@@ -27,12 +27,16 @@ def place(model: nn.Module, items: Iterable[Item]) -> None:
         )
     items = list(items)
     _check(model, {name: item for entry, item in items for name in entry.names})
+    # All of them first: a layer that holds a form already is of a class that cannot be baked.
+    for entry, _ in items:
+        for name in entry.names:
+            path, leaf = split_name(name)
+            bake(model.get_submodule(path), leaf)
     for entry, item in items:
         shared: nn.Parameter | None = None
         for name in entry.names:
             path, leaf = split_name(name)
             layer = model.get_submodule(path)
-            bake(layer, leaf)
             if isinstance(item, Form):
                 hold(layer, leaf, item)
             elif leaf in layer._buffers:
