@@ -9,7 +9,7 @@ from torch import nn
 import tersor
 from tersor.checkpoints import unpacking
 from tersor.codec import save, save_tensors
-from tersor.errors import FileError, ModelError, OutputError
+from tersor.errors import FileError, ModelError, OptionError, OutputError
 from tersor.forms import Affine
 from tersor.surgery import hold
 
@@ -51,6 +51,10 @@ NOTES = {
     "odd with a bad name": {"files": [{}], "odd": {"a": [3, "F32", [3]]}},
     "two of one name": {"files": [{}], "odd": {"a": ["b", "F32", [3]]}},
 }
+SHARDS = {
+    "files": [{"name": f"{n}.safetensors", "order": [n]} for n in (0, 1)],
+    "index": {"file": "x.safetensors.index.json", "metadata": {}},
+}
 OUTSIDE = ["../x.safetensors", "/tmp/x.safetensors", "a/x.safetensors", "x.txt", "", "..", 3, None]
 
 
@@ -76,6 +80,14 @@ def test_no_file_is_written_outside_the_folder(tmp_path, name):
         with pytest.raises(FileError, match="make no sense"):
             tersor.unpack(path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["x.tersor"]
+
+
+def test_none_of_its_files_takes_the_place_of_what_is_unpacked(tmp_path):
+    path = tmp_path / "1.safetensors"
+    save_tensors({"a": noise(3), "b": noise(3)}, path, provenance={"safetensors": SHARDS})
+    with pytest.raises(OptionError, match=r"1\.safetensors is what is unpacked; choose another"):
+        tersor.unpack(path, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_type_that_does_not_fit_its_bytes_makes_no_file(tmp_path):
@@ -108,12 +120,8 @@ def test_a_damaged_file_leaves_what_was_there(tmp_path):
 
 
 def test_stopping_it_leaves_neither_files_nor_the_folder(tmp_path, monkeypatch):
-    notes = {
-        "files": [{"name": f"{n}.safetensors", "order": [n]} for n in (0, 1)],
-        "index": {"file": "x.safetensors.index.json", "metadata": {}},
-    }
     path = tmp_path / "x.tersor"
-    save_tensors({"a": noise(3), "b": noise(3)}, path, provenance={"safetensors": notes})
+    save_tensors({"a": noise(3), "b": noise(3)}, path, provenance={"safetensors": SHARDS})
 
     def stopped(*_, **__):
         raise KeyboardInterrupt

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from attacks.forge import Pieces
-from tersor.codec import load, read_header, read_tensor, save, shelf, verify
-from tersor.errors import FileError
+from tersor.codec import load, read_header, read_tensor, save, save_tensors, shelf, verify
+from tersor.errors import FileError, OptionError
 from tersor.forms import Affine, Bitmask, Codebook, Dense, Trellis
 from tersor.surgery import hold
 
@@ -132,6 +132,18 @@ def test_a_base_must_hold_all_its_weights(tmp_path, files):
     assert not (tmp_path / "third.tersor").exists()
     with pytest.raises(FileError, match=says):
         load(path, base=path)
+
+
+def test_a_file_does_not_take_the_place_of_its_base(tmp_path, files, monkeypatch):
+    later, base, _ = files
+    before = base.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for place in ("base.tersor", base, tmp_path / "x" / ".." / base.name):
+        with pytest.raises(OptionError, match=r"is its own base, .*; choose another name"):
+            save(later, place, base=base)
+        with pytest.raises(OptionError, match="is its own base"):
+            save_tensors({"a": torch.ones(3)}, place, base="base.tersor")
+    assert base.read_bytes() == before
 
 
 def test_damage_of_the_base_is_its_own(files):

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from tersor.checkpoints.layout import KEY, Held, held_names, is_usual, notes_of
 from tersor.checkpoints.quantizing import Matrix, Quantizer, decoded_pieces, matrix_of, pieces
-from tersor.checkpoints.source import Checkpoint, open_checkpoint
-from tersor.codec import Header, check_profile, read_header, read_parts, save_tensors, stream
+from tersor.checkpoints.source import open_checkpoint
+from tersor.codec import (
+    Header,
+    check_apart,
+    check_profile,
+    read_header,
+    read_parts,
+    save_tensors,
+    stream,
+)
 from tersor.errors import ModelError, OptionError, OutputError
 from tersor.forms import Form, Trellis
 
@@ -108,7 +116,8 @@ def pack(
     check_profile(profile)
     _check_bits(bits)
     checkpoint = open_checkpoint(path)
-    _check_places(checkpoint, out, base)
+    sources = [checkpoint.path, *(shard.path for shard in checkpoint.shards), base]
+    check_apart(out, sources, f"out={out} is what the file is made from")
     held = held_names(checkpoint)
     told = progress or _Silent()
     steps = {} if base is None or bits is None else _steps(base)
@@ -269,14 +278,6 @@ def _check_bits(bits: float | None) -> None:
             f"bits={bits:g} for each weight; give a number above 0 and up to {MOST_BITS}, or none "
             "to keep every tensor bit for bit"
         )
-
-
-def _check_places(checkpoint: Checkpoint, out: Path, base: str | Path | None) -> None:
-    """Raises OptionError where the file would take the place of what it is made from."""
-    sources = [checkpoint.path, *(shard.path for shard in checkpoint.shards)]
-    for source in sources if base is None else [*sources, Path(base)]:
-        if source.resolve() == out.resolve():
-            raise OptionError(f"out={out} is what the file is made from; choose another name")
 
 
 class _Silent:

@@ -13,8 +13,8 @@ from typing import Any
 from tersor.checkpoints.layout import Layout, layouts
 from tersor.checkpoints.quantizing import decoded_pieces
 from tersor.checkpoints.writing import Writer, usual_order, writing
-from tersor.codec import read_header, stream
-from tersor.errors import FileError, OptionError, OutputError
+from tersor.codec import check_apart, read_header, stream
+from tersor.errors import FileError, OutputError
 from tersor.files import write_text
 from tersor.forms import Form
 
@@ -50,17 +50,16 @@ def unpack(path: str | Path, out: str | Path, *, base: str | Path | None = None)
     started = time.monotonic()
     path, out = Path(path), Path(out)
     header = read_header(path)
-    for source in [path] if base is None else [path, Path(base)]:
-        if source.resolve() == out.resolve():
-            raise OptionError(f"out={out} is what is unpacked; choose another name")
     try:
         files, index = layouts(header)
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     if index and out.suffix == ".safetensors":
         files, index = [_together(files)], {}
+    paths = [out / str(layout.file) if index else out for layout in files]
+    for place in (out, *paths):
+        check_apart(place, [path, base], f"{place} is what is unpacked")
     with _folder(out) if index else nullcontext():
-        paths = [out / str(layout.file) if index else out for layout in files]
         decoded = _write(path, base, list(zip(paths, files, strict=True)))
         if index:
             paths.append(_write_index(out, files, index))

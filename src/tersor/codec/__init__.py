@@ -7,13 +7,14 @@ from tersor.codec.partial import read_tensor
 from tersor.codec.remote import Http
 from tersor.codec.runs import check_profile
 from tersor.codec.sizes import coded_bytes
-from tersor.codec.source import Ranges
+from tersor.codec.source import Ranges, check_apart
 from tersor.codec.streaming import read_parts, stream
 
 __all__ = [
     "Header",
     "Http",
     "Ranges",
+    "check_apart",
     "check_profile",
     "coded_bytes",
     "is_name",

@@ -21,7 +21,7 @@ from tersor.codec.leaves import all_leaves
 from tersor.codec.pack import as_tensor
 from tersor.codec.runs import PROFILES, check_profile, encoded
 from tersor.codec.shelf import Shelf
-from tersor.codec.source import Pipe, Place, name_of, opened
+from tersor.codec.source import Pipe, Place, check_apart, name_of, opened
 from tersor.errors import FileError, ModelError, OptionError
 from tersor.forms import Form
 from tersor.program.interpreter import Interpreted
@@ -115,6 +115,7 @@ def _written(
     base: Place | None,
     check: Callable[[Path], None],
 ) -> Path:
+    check_apart(path, [base], f"{path} is its own base, without which nobody could read it")
     constants: Mapping[str, Tensor] = {}
     if program is not None:
         constants = dict(sorted(program.constants.items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,6 +106,13 @@ def name_of(place: Any) -> str:
     if isinstance(place, str | os.PathLike):
         return str(place)
     return str(getattr(place, "name", None) or f"the given {type(place).__name__}")
+
+
+def check_apart(out: Path, sources: Iterable[Place], said: str) -> None:
+    """Raises OptionError, with what is `said`, where `out` is the path of one of its sources."""
+    paths = (Path(place) for place in sources if isinstance(place, str | os.PathLike))
+    if any(path.resolve() == out.resolve() for path in paths):
+        raise OptionError(f"{said}; choose another name")
 
 
 @contextmanager
