@@ -13,7 +13,7 @@ import zstandard
 from torch import nn
 
 from attacks.forge import Pieces, digest
-from tersor.codec import load, read_header, read_tensor, save, verify
+from tersor.codec import load, read_header, read_tensor, save, save_tensors, stream, verify
 from tersor.codec.coders import encode_group
 from tersor.errors import FileError
 from tersor.forms import Affine, Bitmask, Codebook, Trellis
@@ -176,6 +176,25 @@ def test_changes_need_a_base(pieces, refused):
     pieces.preamble = {}
     pieces.header["base"] = "00" * 16
     refused(pieces, "does not say what its changes are from")
+
+
+@pytest.mark.parametrize("held", [{}, {"bias": torch.rand(2)}, {"weight": torch.rand(2, 4)}])
+def test_changes_must_be_from_what_the_base_has(tmp_path, refused, held):
+    weight = torch.arange(8.0).reshape(4, 2)
+    base = save_tensors({"weight": weight}, tmp_path / "base.tersor")
+    pieces = Pieces.of(save_tensors({"weight": weight}, tmp_path / "next.tersor", base=base))
+    other = save_tensors(held, tmp_path / "other.tersor")
+    pieces.header["base"] = read_header(other).identity
+    readers = (load, verify, lambda *a, **k: list(stream(*a, **k)), read_one)
+    refused(
+        pieces,
+        '"weight" is a change from what its base does not have',
+        *(lambda path, read=read: read(path, base=other) for read in readers),
+    )
+
+
+def read_one(path, **options):
+    return read_tensor(path, "weight", **options)
 
 
 def test_codes_above_their_bits_are_refused(tmp_path, refused):

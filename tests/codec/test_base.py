@@ -96,6 +96,13 @@ def test_a_base_that_has_nothing_alike_is_not_needed(tmp_path, files):
     assert_same(later, load(path, into=network(), base=other))
 
 
+def test_a_base_without_tensors_is_one_that_has_nothing_alike(tmp_path):
+    base = save_tensors({}, tmp_path / "none.tersor")
+    path = save_tensors({"weight": torch.rand(3, 2)}, tmp_path / "next.tersor", base=base)
+    assert read_header(path).base == ""
+    assert torch.equal(read_tensor(path, "weight"), read_tensor(path, "weight", base=base))
+
+
 def test_changes_too_large_for_a_coder_are_not_stored(tmp_path):
     net, far = nn.Module(), nn.Module()
     net.register_buffer("ids", torch.tensor([[2**31 - 2, 0], [5, 1]]))

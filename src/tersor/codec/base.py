@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tersor.codec.chunks import read_coded
+from tersor.codec.chunks import counterpart, places_of, read_coded
 from tersor.codec.geometry import as_coded, pieces
 from tersor.codec.header import Kind
 from tersor.codec.pack import MOST_CODE, encode_codes, encode_words, numpy_type, word_coders
@@ -21,19 +21,12 @@ class Base:
 
     def __init__(self, place: Place) -> None:
         self.header, self._arrays = read_coded(place)
-        self._places = {
-            (leaf.name, leaf.part): index for index, leaf in enumerate(self.header.leaves)
-        }
+        self._places = places_of(self.header)
 
     def compared(self, item: Item, kind: Kind | None) -> tuple[Item, Kind | None]:
         """See `Compared`."""
-        index = self._places.get((item.leaf.name, item.leaf.part), -1)
-        own = self.header.leaves[index]
-        alike = (own.matrix, own.mask, own.zero) == (
-            *(item.leaf.matrix, item.leaf.mask, item.leaf.zero),
-        )
-        dtype = self.header.dtype(own.plain)
-        if kind is not None or index < 0 or not alike or dtype != item.dtype:
+        index = counterpart(item.leaf, item.dtype, self.header, self._places)
+        if kind is not None or index is None:
             return item, kind
         array = self._arrays[index]
         if array.tobytes() == item.array.tobytes():

@@ -9,12 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
 from tersor.codec.container import read_text
 from tersor.codec.decoding import Target, Window, decode, target_of
 from tersor.codec.errors import Unreadable, about
 from tersor.codec.header import Chunk, Header
 from tersor.codec.header_reader import parse
-from tersor.codec.leaves import settled
+from tersor.codec.leaves import Leaf, settled
 from tersor.codec.pack import Array
 from tersor.codec.source import Data, Place, Source, name_of, opened
 from tersor.errors import FileError, OptionError
@@ -60,6 +62,23 @@ def read_coded(place: Place) -> tuple[Header, list[Array]]:
     return header, [target.array for target in targets.values()]
 
 
+def places_of(header: Header) -> dict[tuple[str, str], int]:
+    """Where each leaf is, by the name of its entry and its part."""
+    return {(leaf.name, leaf.part): index for index, leaf in enumerate(header.leaves)}
+
+
+def counterpart(
+    leaf: Leaf, dtype: torch.dtype, base: Header, places: Mapping[tuple[str, str], int]
+) -> int | None:
+    """The leaf of a base that changes of `leaf` may be counted from; None where none is alike."""
+    found = places.get((leaf.name, leaf.part))
+    if found is None:
+        return None
+    own = base.leaves[found]
+    alike = (own.matrix, own.mask, own.zero) == (leaf.matrix, leaf.mask, leaf.zero)
+    return found if alike and base.dtype(own.plain) == dtype else None
+
+
 def _check_own(header: Header) -> None:
     if header.base:
         raise FileError(
@@ -87,7 +106,7 @@ def _bases(
                 f"it has the identity {other.identity}, and changes are counted from "
                 f"{header.base}; give the file that was the base when they were saved"
             )
-        places = {(leaf.name, leaf.part): index for index, leaf in enumerate(other.leaves)}
+        places = places_of(other)
         found = {index: _counterpart(header, index, other, places) for index in changed}
         targets = _coded(
             source, other, {found[index]: window for index, window in changed.items()}, threads, {}
@@ -99,10 +118,8 @@ def _counterpart(
     header: Header, index: int, other: Header, places: Mapping[tuple[str, str], int]
 ) -> int:
     leaf = header.leaves[index]
-    found = places.get((leaf.name, leaf.part), -1)
-    own = other.leaves[found]
-    alike = (own.matrix, own.mask, own.zero) == (leaf.matrix, leaf.mask, leaf.zero)
-    if found < 0 or not alike or other.dtype(own.plain) != header.dtype(leaf.plain):
+    found = counterpart(leaf, header.dtype(leaf.plain), other, places)
+    if found is None:
         raise Unreadable(f'"{leaf.name}" is a change from what its base does not have')
     return found
 
