@@ -112,6 +112,13 @@ def test_any_names_types_and_shapes_come_back(tmp_path_factory, tensors, metadat
         assert (file.metadata() or {}) == metadata
 
 
+def test_a_checkpoint_of_empty_tensors_comes_back(tmp_path):
+    path = checkpoint(tmp_path, {"a": noise(0, 3), "b": noise(0)})
+    done, back = there_and_back(path)
+    assert back == path.read_bytes()
+    assert done.as_json()["bits_per_weight"] == done.elements == 0
+
+
 def test_names_that_no_module_has_are_kept(tmp_path):
     names = ["", "a..b", ".a", "x\ny", "n" * 2000, "tensor0", "a", "a.b"]
     path = checkpoint(tmp_path, {name: noise(3, seed=i) for i, name in enumerate(names)})

@@ -77,8 +77,8 @@ class Packed:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the file, everything in it counted."""
-        return 8 * self.bytes_after / self.elements
+        """Of the file, everything in it counted; 0 where no tensor has elements."""
+        return 8 * self.bytes_after / self.elements if self.elements else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain values."""
