@@ -51,9 +51,18 @@ NOTES = {
     "odd with a bad name": {"files": [{}], "odd": {"a": [3, "F32", [3]]}},
     "two of one name": {"files": [{}], "odd": {"a": ["b", "F32", [3]]}},
 }
+TOO_LONG = f"{'ü' * 120}.safetensors"
 SHARDS = {
     "files": [{"name": f"{n}.safetensors", "order": [n]} for n in (0, 1)],
     "index": {"file": "x.safetensors.index.json", "metadata": {}},
+}
+NOTES["an index without metadata"] = SHARDS | {"index": {"file": "x.safetensors.index.json"}}
+NOTES["an index that is no object"] = SHARDS | {"index": [1]}
+NOTES["a name too long for a disk"] = SHARDS | {
+    "files": [{"name": name, "order": [n]} for n, name in enumerate(["a.safetensors", TOO_LONG])]
+}
+NOTES["an index too long for a disk"] = SHARDS | {
+    "index": {"file": f"{TOO_LONG}.index.json", "metadata": {}}
 }
 OUTSIDE = ["../x.safetensors", "/tmp/x.safetensors", "a/x.safetensors", "x.txt", "", "..", 3, None]
 
@@ -97,6 +106,20 @@ def test_a_type_that_does_not_fit_its_bytes_makes_no_file(tmp_path):
     with pytest.raises(OutputError, match="would be no safetensors file"):
         tersor.unpack(path, tmp_path / "x.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["x.tersor"]
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_type_that_nobody_knows_makes_none_of_several_files(tmp_path, name, there):
+    path = tmp_path / "x.tersor"
+    notes = SHARDS | {"odd": {name: [name, "FOO", [3]]}}
+    save_tensors({"a": noise(3), "b": noise(3)}, path, provenance={"safetensors": notes})
+    if there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match=r"would be no safetensors .*FOO.*nothing was written"):
+        tersor.unpack(path, tmp_path / "out")
+    assert (tmp_path / "out").exists() == there
+    assert [p for p in tmp_path.glob("**/*") if p.is_file()] == [path]
 
 
 def test_a_type_that_safetensors_lacks_is_named(tmp_path):

@@ -24,6 +24,8 @@ from tersor.codec.header import Formed
 from tersor.errors import FileError, ModelError
 
 KEY = "safetensors"
+_LONGEST = 240
+"""Bytes of a name; most disks take 255, some of which a draft of the file needs."""
 _KINDS = {dtype: kind for kind, dtype in TYPES.items()}
 
 
@@ -144,6 +146,8 @@ def _noted(notes: Mapping[str, Any], slots: dict[str, Slot]) -> tuple[list[Layou
     index = dict(notes.get("index", {}))
     if index and not _is_file(index["file"], ".safetensors.index.json"):
         raise ValueError(f"{index['file']!r:.60} is no name of an index")
+    if index and "metadata" not in index:
+        raise ValueError("the index has no metadata")
     if (len(found) != 1 and not index) or (index and any(f.file is None for f in found)):
         raise ValueError("several files have no index, or no names")
     return found, index
@@ -181,7 +185,8 @@ def _slots(header: Header) -> dict[str, Slot]:
 def _is_file(name: Any, suffix: str = ".safetensors") -> bool:
     """Whether it names a file in whatever folder it is written to, and no other place."""
     plain = isinstance(name, str) and name.isprintable() and name == PurePath(name).name
-    return plain and "\\" not in name and name.endswith(suffix)
+    fits = plain and len(name.encode()) <= _LONGEST
+    return fits and "\\" not in name and name.endswith(suffix)
 
 
 def _whole(value: Any) -> int:

@@ -87,6 +87,9 @@ def _write(path: Path, base: str | Path | None, places: list[tuple[Path, Layout]
             for name in entry.names:
                 writer, own = writers[name]
                 writer.put(own, decoded_pieces(item))
+        # A full disk has to show before the first file takes its name.
+        for writer, _ in writers.values():
+            writer.flush()
     return decoded
 
 

@@ -44,6 +44,11 @@ class Writer:
             self._at[slot.name] = offset
             offset += slot.size
         file.truncate(offset)
+        file.flush()
+
+    def flush(self) -> None:
+        """Writes what waits in memory. Raises OSError where the disk has no room for it."""
+        self._file.flush()
 
     def put(self, name: str, pieces: Iterator[Tensor]) -> None:
         """Writes a tensor, given in pieces that follow each other."""
@@ -56,10 +61,12 @@ class Writer:
 
 @contextmanager
 def writing(path: Path, slots: Sequence[Slot], metadata: Mapping[str, str]) -> Iterator[Writer]:
-    """A file with room for `slots`, in this order; it becomes `path` when the block ends well."""
-    with atomic(path) as draft:
-        with draft.open("r+b") as file:
-            yield Writer(file, slots, head_of(slots, metadata))
+    """A file with room for `slots`, in this order; it becomes `path` when the block ends well.
+
+    Its header is checked before the block, so that of several files none has its name by then.
+    """
+    with atomic(path) as draft, draft.open("r+b") as file:
+        writer = Writer(file, slots, head_of(slots, metadata))
         try:
             with safe_open(draft, framework="numpy"):
                 pass
@@ -67,6 +74,7 @@ def writing(path: Path, slots: Sequence[Slot], metadata: Mapping[str, str]) -> I
             raise OutputError(
                 f"{path} would be no safetensors file: {error}; nothing was written"
             ) from error
+        yield writer
 
 
 def head_of(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
