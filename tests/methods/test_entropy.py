@@ -12,13 +12,13 @@ import cifar10
 import zoo
 from surgery.nets import NETS, make
 from tersor.codec import coders, load, save
-from tersor.errors import OptionError
+from tersor.errors import ModelError, OptionError
 from tersor.forms import Trellis
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.curvature import Curvature
 from tersor.methods.effects import effects
 from tersor.methods.prune.magnitude import magnitude
-from tersor.methods.quantize.entropy import entropy
+from tersor.methods.quantize.entropy import entropy, look
 from tersor.methods.quantize.rtn import rtn
 from tersor.methods.survey import Weight, _set_steps
 from tersor.surgery import held, walk
@@ -160,3 +160,73 @@ def test_a_layer_with_weight_norm_takes_what_was_stored_of_it(tmp_path):
     small = entropy(normed(), bits=4.0)
     loaded = load(save(small, tmp_path / "net.tersor", graph=False), into=normed())
     assert torch.equal(loaded(noise(3, 16)), small(noise(3, 16)))
+
+
+@pytest.mark.parametrize("bits", [0.2, 0.5, 7.0, 10.0, 14.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_few_and_many_bits_are_those_in_the_file(bits, spread):
+    layer = nn.Linear(256, 256, bias=False)
+    rows = torch.exp(spread * noise(256, 1, seed=5))
+    layer.weight.data = noise(256, 256) * rows
+    done, outcome = entropy.__wrapped__(layer, None, bits=bits)
+    codes = done.weight_form.codes.numpy()
+    found = 8 * len(coders.encode(codes, profile="max", states=8)) / codes.size
+    assert found == pytest.approx(outcome["bits"], rel=0.04, abs=0.04)
+    if "asked" in outcome:
+        assert outcome["asked"] == bits <= 0.5
+    else:
+        assert outcome["bits"] == pytest.approx(bits, rel=0.05)
+
+
+@pytest.mark.parametrize("options", [{"include": "0.weight"}, {"exclude": "1.*"}])
+def test_norms_that_are_not_chosen_stay_as_they_are(options):
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)]
+    model = nn.Sequential(*layers).train()
+    model(noise(64, 32) + 1)
+    before = {name: value.clone() for name, value in model[1].state_dict().items()}
+    done, outcome = entropy.__wrapped__(model.eval(), task(), bits=2.0, **options)
+    assert all(torch.equal(value, before[name]) for name, value in done[1].state_dict().items())
+    assert "corrected" not in outcome
+    assert isinstance(done[0].weight_form, Trellis)
+
+
+def test_an_empty_vector_is_left_alone():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(32, 4), nn.Linear(5, 0)
+
+        def forward(self, x):
+            return self.used(x)
+
+    done = entropy(Odd(), task(), bits=3.0)
+    assert {name for name, _ in held(done)} == {"used.weight", "used.bias"}
+
+
+def test_parameters_that_share_one_buffer_are_told_apart():
+    plain, flat = net(), net()
+    values = nn.utils.parameters_to_vector(flat.parameters()).clone()
+    nn.utils.vector_to_parameters(values, flat.parameters())
+    one, other = (entropy(model, task(), bits=3.0) for model in (plain, flat))
+    for (_, form), (_, same) in zip(held(one), held(other), strict=True):
+        assert torch.equal(form.codes, same.codes)
+
+
+@pytest.mark.parametrize("place", ["0.weight", "2.bias"])
+@pytest.mark.parametrize("given", [True, False], ids=["task", "no task"])
+def test_weights_that_are_not_finite_are_named(place, given):
+    model = net()
+    model.get_parameter(place).data.view(-1)[3] = torch.inf
+    with pytest.raises(ModelError, match=f'"{place}" .* NaN or infinity'):
+        entropy(model, task() if given else None)
+
+
+def test_what_is_known_of_another_network_is_no_use():
+    known = look(net(), task())
+    other = net()
+    other[0].weight.data[0, 0] += 1
+    with pytest.raises(OptionError, match=r'known= is of another network: "0.weight"'):
+        entropy.__wrapped__(other, task(), known=known)
+    with pytest.raises(OptionError, match="known= is of another network"):
+        entropy.__wrapped__(nn.Sequential(nn.Linear(32, 10)), task(), known=known)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tersor.measure import reference_outputs
-from tersor.measure.channels import Channels, channels
+from tersor.measure.channels import Channels, channels, norms_of
 from tersor.methods.norms import Original, correct, matched
 from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.rtn import rtn
@@ -72,7 +72,7 @@ def test_outputs_get_mean_and_variance_back(absorbed):
     batches, held_out = data.calibration(256), data.holdout(256)
     known = Original(channels(original, data, batches), reference_outputs(original, data, held_out))
     small = rtn(copy.deepcopy(original), bits=2)
-    done = correct(small, data, batches, held_out, known, matched)
+    done = correct(small, data, batches, held_out, known, matched, norms_of(small))
     assert done.kept
     for place in (1, 4):
         for got, wanted in zip(
@@ -88,7 +88,7 @@ def test_a_dead_channel_stays_finite_and_keeps_its_variance():
     small = copy.deepcopy(original)
     small[3].weight.data[2] = 0
     before = small[4].running_var[2].item()
-    correct(small, data, batches, held_out, known, matched)
+    correct(small, data, batches, held_out, known, matched, norms_of(small))
     assert small[4].running_var[2].item() == before
     assert torch.isfinite(small(images(4))).all()
 

@@ -152,7 +152,13 @@ class _Watch(Watching):  # type: ignore[no-untyped-call]
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
         self.backward = False
-        self._sites = {site.weight.untyped_storage().data_ptr(): site for site in sites}
+        # Several weights may be parts of one storage.
+        self._sites: dict[int, list[tuple[range, Site]]] = {}
+        for site in sites:
+            start = site.weight.storage_offset()
+            place = range(start, start + site.weight.numel())
+            storage = site.weight.untyped_storage().data_ptr()
+            self._sites.setdefault(storage, []).append((place, site))
         self._totals: dict[tuple[str, str], Tensor] = {}
         self._met: dict[tuple[str, str], int] = {}
         self._looked: dict[int, str] = {}
@@ -188,7 +194,8 @@ class _Watch(Watching):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _of(self, tensor: Tensor) -> Site | None:
-        return self._sites.get(tensor.untyped_storage().data_ptr())
+        found = self._sites.get(tensor.untyped_storage().data_ptr(), ())
+        return next((site for place, site in found if tensor.storage_offset() in place), None)
 
     def _product(self, site: Site, other: Tensor, weight: Tensor) -> None:
         """Adds the left side of other (..., n) @ weight (..., n, m), or a piece of it."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tersor.errors import ModelError, OptionError
 from tersor.forms import Dense
 from tersor.forms.form import rows
 from tersor.measure import evaluating, reference_outputs, swapped
@@ -49,6 +50,7 @@ class Known:
     """What was found out about a network, by the names of its weights and vectors.
 
     samples: calibration inputs that were used, at most
+    marks: of a weight, its shape and the sum of its values, by which it is known again
     effects: of a weight, for each group of outputs, along its inputs and across its outputs
     left: of a weight, the mean curvature that feedback does not make up for
     own: of a vector, its mean curvature, 0 where none is known
@@ -58,6 +60,7 @@ class Known:
     """
 
     samples: int
+    marks: dict[str, tuple[tuple[int, ...], float]] = field(default_factory=dict)
     effects: dict[str, list[tuple[Effect, Effect]]] = field(default_factory=dict)
     left: dict[str, float] = field(default_factory=dict)
     own: dict[str, float] = field(default_factory=dict)
@@ -82,6 +85,7 @@ def learn(
         if not curved[site.name].own and (found.reason or _matters(model, task, batches[0], site))
     ]
     own = _guessed(sites, curved, found.blind) if found.blind else {}
+    found.marks = {site.name: _mark(site) for site in sites}
     for site in sites:
         # Moments are large: those of each weight go as soon as their effects are known.
         curve = curved.pop(site.name)
@@ -95,6 +99,20 @@ def learn(
         answers = reference_outputs(model, task, held_out)
         found.original = Original(channels(model, task, batches), answers)
     return found
+
+
+def check_known(known: Known, sites: Sequence[Site]) -> None:
+    """Raises OptionError for a weight that it is not of."""
+    for site in sites:
+        if known.marks.get(site.name) != _mark(site):
+            raise OptionError(
+                f'known= is of another network: "{site.name}" of shape '
+                f"{tuple(site.weight.shape)} is not what was looked at; look at this one"
+            )
+
+
+def _mark(site: Site) -> tuple[tuple[int, ...], float]:
+    return tuple(site.weight.shape), float(site.weight.double().sum())
 
 
 def effects(shape: tuple[int, ...], curve: Curvature) -> list[tuple[Effect, Effect]]:
@@ -115,7 +133,13 @@ def effect_of(moments: Tensor, damping: float) -> Effect:
     wide = moments.double()
     energy = wide.diagonal().mean().clamp(min=1e-30)
     damped = wide + damping * energy * torch.eye(len(wide), dtype=torch.float64)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped))).T
+    try:
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped))).T
+    except RuntimeError as error:
+        raise ModelError(
+            f"what layers are given on calibration inputs is too large to work with: a mean square "
+            f"of {float(energy):.3g}; check the inputs"
+        ) from error
     own = upper.diagonal()
     weights, feedback = own.pow(-2), (upper / own[:, None]).T.tril(-1)
     return Effect(

@@ -13,7 +13,7 @@ from tersor.methods.survey import Weight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_PASSES, _NEAR = 4, 0.005
+_PASSES, _NEAR = 6, 0.005
 _SAMPLE = 2**21
 """Weights from which a first step is estimated."""
 
@@ -38,17 +38,34 @@ def fit(weights: Sequence[Weight], bits: float, states: int, thrift: float) -> F
     """Codes that take about `bits` bits a weight, with a step between them and their tables."""
     step, tables = _first_guess(weights, bits, states)
     best: Fit | None = None
+    tried: list[Fit] = []
     for _ in range(_PASSES):
         found, counts = fit_at(weights, step, states, thrift, tables)
+        tried.append(found)
         if best is None or abs(found.reached - bits) < abs(best.reached - bits):
             best = found
         if abs(found.reached - bits) <= _NEAR * bits:
             break
-        tables = rates.bits_of(counts)
-        # A bit more halves the step where codes are large; where most are 0 it takes more.
-        step *= 2 ** ((found.reached - bits) * max(1.0, 1.5 / max(bits, 0.5)))
+        step = _next_step(tried, bits)
+        if bits / 2 < found.reached < 2 * bits:
+            tables = rates.bits_of(counts)
+        else:
+            # Where most codes were 0, others would be too dear ever to come back.
+            tables, _ = rounded_tables(weights, step, states)
     assert best is not None
     return best
+
+
+def _next_step(tried: Sequence[Fit], bits: float) -> float:
+    """Between the nearest steps that took too much and too little, else beyond the last."""
+    above = min((f for f in tried if f.reached > bits), key=lambda f: f.reached, default=None)
+    below = max((f for f in tried if f.reached <= bits), key=lambda f: f.reached, default=None)
+    if above is None or below is None or not above.step < below.step:
+        last = tried[-1]
+        # A bit more halves the step where codes are large; where most are 0 it takes more.
+        return last.step * 2 ** ((last.reached - bits) * max(1.0, 1.5 / max(bits, 0.5)))
+    share = (above.reached - bits) / (above.reached - below.reached)
+    return above.step * float((below.step / above.step) ** min(max(share, 0.1), 0.9))
 
 
 def fit_at(

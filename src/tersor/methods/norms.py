@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.measure import divergence_of, evaluating
-from tersor.measure.channels import Channels, before_each, norms_of
+from tersor.measure.channels import Channels, Norms, before_each
 from tersor.task import Inputs, Task
 
 Statistics = tuple[Tensor, Tensor]
@@ -51,15 +51,16 @@ def correct(
     held_out: Sequence[Inputs],
     original: Original,
     rule: Rule,
+    norms: Norms,
 ) -> Correction:
-    """Sets the running statistics of every batch norm, in place, unless that does not help.
+    """Sets the running statistics of batch norms, in place, unless that does not help.
 
     batches, held_out: those that `original` is of
+    norms: those of `model` to change
     """
-    norms = norms_of(model)
     saved = {name: _statistics_of(norm) for name, norm in norms.items()}
     before = divergence_of(model, task, held_out, original.answers)
-    _follow(model, task, batches, original.seen, rule)
+    _follow(model, task, batches, original.seen, rule, norms)
     found = Correction(before, divergence_of(model, task, held_out, original.answers))
     if not found.kept:
         for name, norm in norms.items():
@@ -88,13 +89,13 @@ def _follow(
     batches: Sequence[Inputs],
     wanted: Sequence[Mapping[str, Channels]],
     rule: Rule,
+    norms: Norms,
 ) -> None:
     """Corrects each batch norm just before it runs, with the sums of all batches so far.
 
     All at once would not do: each layer would answer for the shifts of all layers before it again,
     and a deep network diverges. In order, each sees inputs that are corrected already.
     """
-    norms = norms_of(model)
     saved = {name: _statistics_of(norm) for name, norm in norms.items()}
     seen, target = dict[str, Channels](), dict[str, Channels]()
 

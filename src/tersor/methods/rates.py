@@ -18,6 +18,8 @@ from tersor.forms.trellis import quantizers
 Array = np.ndarray[Any, np.dtype[Any]]
 
 CLASSES, MAGNITUDES = 32, 16
+# Magnitudes beyond are told apart by quarters of an octave, in which all are taken to be as likely.
+_EDGES = np.unique(np.ceil((MAGNITUDES - 1) * 2.0 ** (np.arange(4 * 28) / 4)).astype(np.int64))
 
 
 def classes_of(levels: Array, states: int) -> Array:
@@ -54,8 +56,19 @@ def bits_of(counts: Array) -> Array:
 
 def estimate(weights: Iterable[tuple[Array, Array]], counts: Array) -> float:
     """Bits that all codes take together. weights: (codes, classes) of each; counts: their sum"""
-    tails = sum(
-        float((2 * np.log2(np.maximum(np.abs(codes) - MAGNITUDES + 2, 1))).sum())
-        for codes, _ in weights
-    )
-    return float((counts * bits_of(counts)).sum()) + tails
+    large = np.zeros(CLASSES * len(_EDGES), np.int64)
+    for codes, classes in weights:
+        magnitude = np.abs(codes)
+        beyond = magnitude >= MAGNITUDES - 1
+        place = np.searchsorted(_EDGES, magnitude[beyond], side="right") - 1
+        place += classes[beyond].astype(np.int64) * len(_EDGES)
+        large += np.bincount(place, minlength=len(large))
+    return float((counts * bits_of(counts)).sum()) + _large_bits(large.reshape(CLASSES, -1))
+
+
+def _large_bits(counts: Array) -> float:
+    """Bits that say which of the large magnitudes. counts: (classes, quarters of octaves)"""
+    total = np.maximum(counts.sum(1, keepdims=True), 1)
+    which = counts * (np.log2(total) - np.log2(np.maximum(counts, 1)))
+    widths = np.diff(_EDGES, append=2 * _EDGES[-1])
+    return float((which + counts * np.log2(widths)).sum())

@@ -20,7 +20,7 @@ from tersor.forms.form import rows
 from tersor.forms.trellis import narrowest
 from tersor.measure.curvature import Curvature
 from tersor.methods import rates
-from tersor.methods.effects import Effect, Known, effects, learn
+from tersor.methods.effects import Effect, Known, check_known, effects, learn
 from tersor.methods.search import Terms, search
 from tersor.methods.sparse import sparse_form
 from tersor.surgery.hold import bake, release
@@ -90,9 +90,11 @@ class Vector:
         if self.step is None:
             # Of the middle one: a channel that is never used may have a scale beyond all others.
             middle = float(values.abs().median()) or float(values.abs().max()) or 1.0
-            return Trellis.encode(values, step=middle / 2 ** min(max(bits + 3, 6), 12), axis=None)
-        largest = float(values.abs().max())
-        return Trellis.encode(values, step=max(step * self.step, largest / 2**20), axis=None)
+            step = middle / 2 ** min(max(bits + 3, 6), 12)
+        else:
+            step *= self.step
+        least = float(values.abs().max()) / 2**20
+        return Trellis.encode(values, step=max(step, least), axis=None)
 
 
 @dataclass
@@ -124,6 +126,7 @@ def survey(
         return found
     if known is None or known.samples != samples:
         known = learn(model, task, sites, vectors, samples)
+    check_known(known, sites)
     found.known = known
     for weight in found.weights:
         weight.effects = known.effects[weight.site.name]
@@ -146,9 +149,8 @@ def blind_step(rms: float, size: int) -> float:
     """Step of a weight of which only the values are known, relative to those of others.
 
     Were a relative error in any weight as bad as in any other, the step would be proportional to
-    rms * sqrt(size): more bits for the few. The square root of it, half way to one step for all
-    where scales are concerned, is nearer to what networks want; docs/design/decisions.md has the
-    figures.
+    rms * sqrt(size): more bits for the few. Taking the root of the scale, half way to one step for
+    all, is nearer to what networks want; docs/design/decisions.md has the figures.
 
     size: its elements
     """

@@ -9,7 +9,7 @@ Source: Jacob et al. 2018, arXiv:1712.05877, section 3.2, eq. 14.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,18 +77,24 @@ def fold(model: nn.Module, inputs: Inputs) -> Folded:
     return Folded(tuple(pairs), skipped)
 
 
-def absorb_statistics(model: nn.Module) -> int:
+def absorb_statistics(model: nn.Module, only: Collection[nn.Module] | None = None) -> int:
     """Moves the running statistics of every batch norm into its own scale and shift, in place.
 
     What it computes in evaluation mode stays the same, but mean and variance are 0 and 1 - eps
     afterwards, which take no bytes in a file. Training it on batch statistics would need the old
     ones back. Norms without statistics, without scale and shift, with shared or with held ones are
-    left alone. Returns how many were changed.
+    left alone.
+
+    only: norms to change, None for all
+
+    Returns how many were changed.
     """
     places = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
     changed = 0
     for norm in model.modules():
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+            continue
+        if only is not None and norm not in only:
             continue
         scale, shift = norm._parameters.get("weight"), norm._parameters.get("bias")
         if scale is None or shift is None or places[id(scale)] > 1 or places[id(shift)] > 1:

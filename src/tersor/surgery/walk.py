@@ -63,8 +63,8 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
     include, exclude: patterns (`*`, `?`, `[...]`) on the weight's name, its layer's path, or the
         layer's type ("layer1.*", "Linear"); a tied weight matches by any of its names
 
-    Raises OptionError for a pattern that matches nothing or patterns that leave nothing, ModelError
-    for a model without weights.
+    Raises OptionError for a pattern that matches no weight and no vector, or patterns that leave no
+    weight, ModelError for a model without weights.
     """
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, layer in _layers(model):
@@ -86,8 +86,12 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
                 {n for p, m, a in found for n in (_join(p, a), p, kind_of(m))},
             )
         )
-    kept = _select(sites, include, "include") if include is not None else {s.name for s, _ in sites}
-    dropped = _select(sites, exclude, "exclude") if exclude is not None else set()
+    others = _vectors(model)
+    kept, dropped = {site.name for site, _ in sites}, set[str]()
+    if include is not None:
+        kept = _select(sites, include, "include", others)
+    if exclude is not None:
+        dropped = _select(sites, exclude, "exclude", others)
     if not kept - dropped:
         raise OptionError(
             f"include={include!r} and exclude={exclude!r} leave none of the {len(sites)} weights; "
@@ -99,20 +103,29 @@ def walk(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
 def vectors(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> list[Site]:
     """Every plain one-dimensional parameter, by identity: biases, scales and shifts of norms.
 
-    include, exclude: as for `walk`, but a pattern that matches no vector is no error
+    An empty one is none. include, exclude: as for `walk`, which says which patterns are wrong
     """
+    return [
+        site
+        for site, names in _vectors(model)
+        if (include is None or _matches(names, include)) and not _matches(names, exclude)
+    ]
+
+
+def _vectors(model: nn.Module) -> list[tuple[Site, set[str]]]:
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, layer in _layers(model):
         for name, parameter in layer._parameters.items():
-            if parameter is not None and parameter.dim() == 1 and parameter.is_floating_point():
+            if parameter is None or parameter.dim() != 1 or not parameter.numel():
+                continue
+            if parameter.is_floating_point():
                 places.setdefault(id(parameter), []).append((path, layer, name))
     found = []
     for uses in places.values():
         path, layer, name = uses[0]
         names = {n for p, m, a in uses for n in (_join(p, a), p, kind_of(m))}
-        if (include is None or _matches(names, include)) and not _matches(names, exclude):
-            used = tuple({(id(m), a): (m, a) for _, m, a in uses}.values())
-            found.append(Site(_join(path, name), kind_of(layer), 0, used))
+        used = tuple({(id(m), a): (m, a) for _, m, a in uses}.values())
+        found.append((Site(_join(path, name), kind_of(layer), 0, used), names))
     return found
 
 
@@ -209,14 +222,20 @@ def _join(path: str, attribute: str) -> str:
     return f"{path}.{attribute}" if path else attribute
 
 
-def _select(sites: list[tuple[Site, set[str]]], patterns: Patterns, option: str) -> set[str]:
+def _select(
+    sites: list[tuple[Site, set[str]]],
+    patterns: Patterns,
+    option: str,
+    others: list[tuple[Site, set[str]]],
+) -> set[str]:
+    """Names of the sites that match. others: what a pattern may match as well"""
     wanted = [patterns] if isinstance(patterns, str) else list(patterns or ())
     chosen: set[str] = set()
     for pattern in wanted:
         matched = {
             site.name for site, names in sites if any(fnmatchcase(n, pattern) for n in names)
         }
-        if not matched:
+        if not matched and not any(_matches(names, pattern) for _, names in others):
             raise OptionError(
                 f"{option}={pattern!r} matches no weight; the model has, for example, "
                 f"{[site.name for site, _ in sites[:3]]} of types "

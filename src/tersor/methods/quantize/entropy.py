@@ -17,6 +17,8 @@ reduced to a scale and a shift first, and one-dimensional tensors are quantized 
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -24,14 +26,17 @@ from torch import nn
 
 from tersor.errors import OptionError
 from tersor.forms.trellis import TAPS
+from tersor.measure.channels import Norms, norms_of
 from tersor.methods.effects import Known
 from tersor.methods.fitting import fit
 from tersor.methods.norms import correct, matched
 from tersor.methods.survey import survey
 from tersor.recipe import Outcome, method
 from tersor.surgery.fold import absorb_statistics
-from tersor.surgery.walk import Patterns, vectors, walk
+from tersor.surgery.walk import Patterns, Site, check_finite, vectors, walk
 from tersor.task import Task
+
+_FAR = 0.05
 
 
 @method
@@ -55,39 +60,53 @@ def entropy(
         find; reading takes the same time for all
     thrift: how much error may be taken on to save a bit; 0 takes the least error
     samples: calibration inputs to use, at most; best are those that leave the network unsure
-    include, exclude: patterns on names and types, see `walk`
+    include, exclude: patterns on names and types, see `walk`; batch norms are left alone unless
+        scale and shift are both included
 
-    The step's outcome holds the estimated bits, the finest and coarsest step, whether batch norms
-    were corrected, and the number of weights that gradients say nothing of, if there are such. Raises OptionError for a weight that
+    The step's outcome holds the estimated bits, those that were asked for where they are more than
+    5 % off, the finest and coarsest step, whether batch norms were corrected, and the number of
+    weights that gradients say nothing of, if there are such. Raises OptionError for a weight that
     is quantized already, TaskError for a task without inputs.
     """
     if states not in TAPS:
         raise OptionError(f"states={states}; choose one of {list(TAPS)}")
-    sites = walk(model, include, exclude)
-    absorb_statistics(model)
-    found = survey(model, task, sites, vectors(model, include, exclude), samples, known)
+    check_finite(model)
+    sites, others = walk(model, include, exclude), vectors(model, include, exclude)
+    norms = _norms(model, others)
+    absorb_statistics(model, norms.values())
+    found = survey(model, task, sites, others, samples, known)
     best = fit(found.weights, bits, states, thrift)
     for weight, codes in zip(found.weights, best.codes, strict=True):
         weight.site.hold(weight.form(codes, best.step * weight.step, states=states))
-    corrected = _correct(model, task, found.known, samples)
+    corrected = _correct(model, task, found.known, samples, norms)
     for vector in found.vectors:
         vector.site.hold(vector.form(best.step, bits))
     steps = [best.step * weight.step for weight in found.weights]
     blind = {site.name for site in sites} & {*(found.known.blind if found.known else ())}
     outcome = {"bits": best.reached, "finest": min(steps), "coarsest": max(steps)}
+    if abs(best.reached - bits) > _FAR * bits:
+        outcome["asked"] = bits
     if corrected is not None:
         outcome["corrected"] = corrected
     return model, outcome | ({"without_gradients": len(blind)} if blind else {})
 
 
-def _correct(model: nn.Module, task: Task | None, known: Known | None, samples: int) -> bool | None:
+def _norms(model: nn.Module, chosen: Sequence[Site]) -> Norms:
+    """Batch norms of which both scale and shift may be changed."""
+    free = Counter(id(layer) for site in chosen for layer, _ in site.uses)
+    return {name: norm for name, norm in norms_of(model).items() if free[id(norm)] == 2}
+
+
+def _correct(
+    model: nn.Module, task: Task | None, known: Known | None, samples: int, norms: Norms
+) -> bool | None:
     """Moves scale and shift of batch norms, if that helps; None where there are none to move."""
-    if task is None or known is None or known.original is None:
+    if task is None or known is None or known.original is None or not norms:
         return None
     batches, held_out = task.calibration(samples), task.holdout(samples)
-    kept = correct(model, task, batches, held_out, known.original, matched).kept
+    kept = correct(model, task, batches, held_out, known.original, matched, norms).kept
     if kept:
-        absorb_statistics(model)
+        absorb_statistics(model, norms.values())
     return kept
 
 

@@ -65,7 +65,7 @@ def batchnorm(
     before = Original(
         channels(original, task, batches), reference_outputs(original, task, held_out)
     )
-    done = correct(model, task, batches, held_out, before, _shifted)
+    done = correct(model, task, batches, held_out, before, _shifted, norms)
     outcome = {"kept": done.kept, "divergence_before": done.before, "divergence_after": done.after}
     return model, {**outcome, "layers": len(norms)}
 
