@@ -4,6 +4,7 @@ import http.server
 import io
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -197,10 +198,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves one file, in ranges or not, and remembers what was asked for."""
 
     content, ranges, asked = b"", True, []
+    # What goes wrong, and from which byte of the file on.
+    harm, harmed_from = "", 0
 
     def do_GET(self):
         first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
         self.asked.append((first, last))
+        if self.harm and first >= self.harmed_from:
+            self.fail()
+            return
         if self.path != "/net.tersor":
             self.send_error(404)
             return
@@ -213,6 +219,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(part)
 
+    def fail(self):
+        self.close_connection = True
+        if self.harm == "another language":
+            self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+        elif self.harm == "no answer":
+            time.sleep(0.5)
+        elif self.harm in ("half an answer", "huge numbers"):
+            self.send_response(206)
+            last = "9" * 5000 if self.harm == "huge numbers" else "63"
+            self.send_header("Content-Range", f"bytes 0-{last}/1000")
+            self.send_header("Content-Length", "64")
+            self.end_headers()
+            self.wfile.write(b"half")
+
     def log_message(self, *_):
         pass
 
@@ -221,6 +241,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(large):
     """The address of a folder that has the file."""
     Handler.content, Handler.ranges, Handler.asked = large[1].read_bytes(), True, []
+    Handler.harm, Handler.harmed_from = "", 0
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{found.server_port}"
@@ -245,13 +266,43 @@ def test_a_small_file_takes_one_request(server):
 
 
 def test_servers_that_do_not_serve_are_named(server):
-    with pytest.raises(FileError, match=r"/other cannot be read: .*404.*; check the address"):
+    with pytest.raises(FileError, match=r"/other: it cannot be read: .*404.*; check the address"):
         Http(f"{server}/other")
     Handler.ranges = False
     with pytest.raises(FileError, match="the server sends no ranges; download the file"):
         Http(f"{server}/net.tersor")
     with pytest.raises(OptionError, match="is no web address"):
         Http("file:///etc/passwd")
+
+
+@pytest.mark.parametrize(
+    "harm", ["hangs up", "another language", "no answer", "half an answer", "huge numbers"]
+)
+def test_a_server_that_fails_is_named_once(server, monkeypatch, harm):
+    monkeypatch.setattr("tersor.codec.remote._FIRST", 64)
+    url = f"{server}/net.tersor"
+    file = Http(url, timeout=0.2)
+    says = r"^http.*: (it cannot be read: .+; check the|the server sent another range .*; download)"
+    for harmed_from, read in ((1, lambda: load(file)), (0, lambda: Http(url, timeout=0.2))):
+        Handler.harm, Handler.harmed_from = harm, harmed_from
+        with pytest.raises(FileError, match=says) as found:
+            read()
+        assert str(found.value).count(url) == 1
+        assert str(found.value).isprintable()
+
+
+@pytest.mark.parametrize("url", ["http://a b/", "http://[", "http://127.0.0.1:1/ü", "http://"])
+def test_an_address_that_cannot_be_asked_is_named(url):
+    with pytest.raises(FileError, match=r"^http://.*: it cannot be read: .+; check the address"):
+        Http(url)
+
+
+def test_an_address_is_text_and_waiting_ends():
+    with pytest.raises(OptionError, match="5 is no web address"):
+        Http(5)
+    for timeout in (0, -1, float("nan"), "1", None):
+        with pytest.raises(OptionError, match=r"timeout=.*; give seconds above 0"):
+            Http("http://127.0.0.1:1/", timeout=timeout)
 
 
 def test_a_server_that_sends_another_range_is_refused(server, monkeypatch):

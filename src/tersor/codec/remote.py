@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from http import HTTPStatus
 
+from tersor.codec.errors import about
 from tersor.codec.source import Ranges
 from tersor.errors import FileError, OptionError
 
 _FIRST = 2**16
 """Bytes of the first request: the header of most files."""
+_LONGEST = 86400
+"""Seconds to wait: a day."""
 
 
 class Http(Ranges):
@@ -20,12 +23,15 @@ class Http(Ranges):
     """
 
     def __init__(self, url: str, *, timeout: float = 30) -> None:
-        if not re.match(r"https?://", url):
+        if not isinstance(url, str) or not re.match(r"https?://", url):
             raise OptionError(f"{url!r:.80} is no web address; give one with http:// or https://")
+        if not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST:
+            raise OptionError(f"timeout={timeout!r:.40}; give seconds above 0, at most {_LONGEST}")
         self.name = url
         self._timeout = timeout
         self._start = b""
-        self._start, size = self._fetch(0, _FIRST)
+        with about(url):
+            self._start, size = self._fetch(0, _FIRST)
         super().__init__(self._range, size)
 
     def _range(self, offset: int, length: int) -> bytes:
@@ -35,25 +41,33 @@ class Http(Ranges):
 
     def _fetch(self, offset: int, length: int) -> tuple[bytes, int]:
         """The bytes that are there, and the size of the whole file."""
-        # Takes longer to import than the rest of this room together.
-        from urllib.error import URLError
+        # Take longer to import than the rest of this room together.
+        from http.client import HTTPException
         from urllib.request import Request, urlopen
 
-        request = Request(self.name, headers={"Range": f"bytes={offset}-{offset + length - 1}"})
         try:
+            request = Request(self.name, headers={"Range": f"bytes={offset}-{offset + length - 1}"})
             with urlopen(request, timeout=self._timeout) as answer:
                 stated = re.fullmatch(
                     r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", "")
                 )
                 if answer.status != HTTPStatus.PARTIAL_CONTENT or stated is None:
                     raise FileError(
-                        f"{self.name}: the server sends no ranges; download the file and load it "
-                        "from there"
+                        "the server sends no ranges; download the file and load it from there"
                     )
                 first, last, size = map(int, stated.groups())
                 content: bytes = answer.read(length + 1)
-        except URLError as error:
-            raise FileError(f"{self.name} cannot be read: {error}; check the address") from error
+        except (OSError, HTTPException, ValueError) as error:
+            # Besides URLError come raw errors of the connection, and of addresses it cannot send.
+            # The text may be the server's.
+            said = "".join(c if c.isprintable() else " " for c in str(error)[:200]).strip()
+            raise FileError(
+                f"it cannot be read: {said or type(error).__name__}; check the address and the "
+                "connection"
+            ) from error
         if first != offset or len(content) != last + 1 - first or len(content) > length:
-            raise FileError(f"{self.name}: the server sent another range than was asked for")
+            raise FileError(
+                "the server sent another range than was asked for; download the file and load it "
+                "from there"
+            )
         return content, size
