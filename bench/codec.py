@@ -64,7 +64,7 @@ def main() -> None:
         found |= {name: PARTS[name]() for name in options.parts or PARTS}
         found = {name: found[name] for name in PARTS if name in found}
         record("codec", found, packages=("numpy", "zstandard", "constriction", "zipnn", "nncodec"))
-    print(table(found))
+    print("\n\n".join(table(found).values()))
 
 
 def integers() -> Figures:
@@ -283,15 +283,39 @@ def least(
     return found
 
 
-def table(found: Figures) -> str:
-    """What was recorded, as Markdown: bits per weight, and speed of decoding."""
+def table(found: Figures) -> dict[str, str]:
+    """What was recorded, as Markdown: of each part a table."""
     names = ("fast", "small", "max", "zstd-3", "constriction", "nncodec")
-    lines = ["| codes | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for key, rows in found.get("integers", {}).items():
-        cells = [f"{rows[n]['bits_per_weight']} ({rows[n]['decode_mw_s']:g})" if n in rows else "-"
-                 for n in names]  # fmt: skip
-        lines.append(f"| {key} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    integer = [
+        [
+            f"{rows[n]['bits_per_weight']} ({rows[n]['decode_mw_s']:g})" if n in rows else ""
+            for n in names
+        ]
+        for rows in found["integers"].values()
+    ]
+    floating = [
+        [kind, name, row["bits_per_weight"], row["encode_gb_s"], row["decode_gb_s"]]
+        for kind, rows in found["lossless"].items()
+        for name, row in rows.items()
+    ]
+    loading = [
+        [name, row["load_s_1"], row["load_s_2"], row["ratio"]]
+        for name, row in found["threads"].items()
+    ]
+    return {
+        "integers": markdown(
+            ["codes", *names],
+            [[key, *row] for key, row in zip(found["integers"], integer, strict=True)],
+        ),
+        "lossless": markdown(["floats", "coder", "bits", "encodes GB/s", "decodes GB/s"], floating),
+        "threads": markdown(["profile", "1 thread", "2 threads", "ratio"], loading),
+    }
+
+
+def markdown(head: list[str], rows: list[list[Any]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 if __name__ == "__main__":
