@@ -339,9 +339,12 @@ def test_changes_from_a_base_take_less(tmp_path, bits):
     [
         ({"bits": 0}, "bits=0 for each weight"),
         ({"bits": -1.0}, "bits=-1 for each weight"),
+        ({"bits": "3"}, "bits='3' for each weight"),
+        ({"bits": True}, "bits=True for each weight"),
         ({"bits": 17}, "up to 16"),
         ({"bits": math.nan}, "bits=nan"),
         ({"profile": "tiny"}, "profile='tiny' is none of"),
+        ({"profile": ["max"]}, r"profile=\['max'\] is none of"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path, options, said):

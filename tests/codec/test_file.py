@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import zoo
-from tersor.codec import load, read_header, save, verify
+from tersor.codec import load, read_header, read_tensor, save, save_tensors, verify
 from tersor.errors import ExportError, FileError, ModelError, OptionError
 from tersor.forms import Affine, Bitmask, Codebook, Dense, FakeAffine, Form, NofM
 from tersor.program import program_of
@@ -309,7 +309,35 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
         save(nn.ReLU(), path)
     with pytest.raises(ModelError, match="is on the meta device and has no values"):
         save(nn.Linear(2, 2, device="meta"), path)
+    with pytest.raises(ModelError, match=r"not a torch.nn.Module; .* with tersor.codec.save_ten"):
+        save({"a": torch.ones(2)}, path)
+    with pytest.raises(OptionError, match=r"profile=\['max'\] is none of"):
+        save(nn.Linear(2, 2), path, profile=["max"])
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("items", "error", "says"),
+    [
+        ({"a": 3}, OptionError, '"a" is 3 and no tensor; make it one with torch.as_tensor'),
+        ({3: torch.ones(2)}, OptionError, "the name 3; give a dict of text -> tensor"),
+        ({"a": torch.ones(2, device="meta")}, ModelError, '"a" is on the meta device'),
+        ({"a": torch.eye(2).to_sparse()}, ModelError, r'"a" .*sparse_coo.*; give its to_dense'),
+    ],
+)
+def test_what_is_no_tensor_at_hand_is_refused(tmp_path, items, error, says):
+    with pytest.raises(error, match=says):
+        save_tensors(items, tmp_path / "a.tersor")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_conjugates_and_negatives_are_stored_as_what_they_are(tmp_path):
+    tensor = torch.tensor([[1 + 2j, 3 - 4j, -5j]])
+    items = {"conj": tensor.conj(), "neg": tensor.conj().imag}
+    assert items["conj"].is_conj()
+    assert items["neg"].is_neg()
+    path = save_tensors(items, tmp_path / "a.tersor")
+    assert all(torch.equal(read_tensor(path, name), item) for name, item in items.items())
 
 
 # Loading into a module

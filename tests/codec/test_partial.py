@@ -53,7 +53,7 @@ def test_rows_are_those_of_the_whole(tmp_path, name):
         assert torch.equal(read_tensor(path, "0.weight", rows), whole[rows])
 
 
-@pytest.mark.parametrize("rows", [slice(0, 8, 2), 3, "all"])
+@pytest.mark.parametrize("rows", [slice(0, 8, 2), 3, "all", slice(1.5, 3)])
 def test_rows_are_a_slice(tmp_path, rows):
     path = save(nn.Linear(3, 2), tmp_path / "net.tersor")
     with pytest.raises(OptionError, match=r"rows=.* of shape \(2, 3\); give slice\(start, stop\)"):
@@ -186,10 +186,27 @@ def test_a_stream_may_give_few_bytes_at_a_time_and_must_give_all(large):
             load(Slow(content[:length]))
 
 
-def test_what_cannot_be_read_is_refused():
+class Text:
+    """A stream of text that is not one of Python's own."""
+
+    def read(self, size=-1):
+        return "text"
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
     for place in (5, None, b"content", object()):
         with pytest.raises(OptionError, match="is no file; give a path, a file opened with"):
             load(place)
+    with pytest.raises(OptionError, match=r"the given StringIO is open as text; open it for"):
+        load(io.StringIO("content"))
+    (tmp_path / "a.tersor").write_bytes(b"\x89TERSOR\n" + bytes(90))
+    with (
+        open(tmp_path / "a.tersor") as file,
+        pytest.raises(OptionError, match=r"a\.tersor is open as text; .* open\(path, 'rb'\)"),
+    ):
+        load(file)
+    with pytest.raises(OptionError, match="the given Text is open as text"):
+        load(Text())
     with pytest.raises(FileError, match="2 bytes came where 56 were asked for"):
         load(Ranges(lambda offset, length: b"ab", 1000))
 

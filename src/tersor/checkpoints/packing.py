@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -273,9 +274,11 @@ def _described(
 
 
 def _check_bits(bits: float | None) -> None:
-    if bits is not None and not 0 < bits <= MOST_BITS:
+    number = isinstance(bits, Real) and not isinstance(bits, bool)
+    if bits is not None and not (number and 0 < bits <= MOST_BITS):
+        shown = f"{bits:g}" if number else f"{bits!r:.40}"
         raise OptionError(
-            f"bits={bits:g} for each weight; give a number above 0 and up to {MOST_BITS}, or none "
+            f"bits={shown} for each weight; give a number above 0 and up to {MOST_BITS}, or none "
             "to keep every tensor bit for bit"
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tersor.codec.errors import Unreadable
 from tersor.codec.header import Entry, Formed, Header, Plain
-from tersor.errors import CompressError, ModelError
+from tersor.errors import CompressError, ModelError, OptionError
 from tersor.forms import KINDS, Form
 from tersor.program.program import split_name
 from tersor.surgery.hold import hold
@@ -52,6 +52,8 @@ def named(items: Mapping[str, Tensor | Form]) -> tuple[list[Entry], list[Tensor]
     """
     modules: dict[str, list[str]] = {}
     for name in items:
+        if not isinstance(name, str):
+            raise OptionError(f"a tensor has the name {name!r:.60}; give a dict of text -> tensor")
         modules.setdefault(split_name(name)[0], []).append(name)
     tensors: list[Tensor] = []
     entries = []
@@ -59,7 +61,12 @@ def named(items: Mapping[str, Tensor | Form]) -> tuple[list[Entry], list[Tensor]
         item = items[name]
         if isinstance(item, Form):
             entries.append(Entry((name,), "", described(item, name, tensors)))
+        elif not isinstance(item, Tensor):
+            raise OptionError(
+                f'"{name}" is {item!r:.60} and no tensor; make it one with torch.as_tensor'
+            )
         else:
+            _check_at_hand(item, name)
             entries.append(Entry((name,), "", Plain(tuple(item.shape), 0)))
             tensors.append(item)
     return entries, tensors
@@ -112,10 +119,7 @@ def described(item: Tensor | Form, name: str, tensors: list[Tensor]) -> Plain | 
 
 def check_storable(tensor: Tensor, name: str) -> None:
     """Raises ModelError for a tensor without data, and for weights that are NaN or infinite."""
-    if tensor.is_meta:
-        raise ModelError(
-            f'"{name}" is on the meta device and has no values; load the weights first'
-        )
+    _check_at_hand(tensor, name)
     if tensor.is_floating_point() and tensor.numel():
         wide = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
         # Masks of minus infinity are ordinary buffers; NaN never is.
@@ -127,6 +131,19 @@ def check_storable(tensor: Tensor, name: str) -> None:
                 f'"{name}" of shape {tuple(tensor.shape)} holds {int(bad.sum())} values that are '
                 f"{what}; load a checkpoint that trained cleanly"
             )
+
+
+def _check_at_hand(tensor: Tensor, name: str) -> None:
+    """Raises ModelError for a tensor whose elements do not lie in memory, each in its place."""
+    if tensor.is_meta:
+        raise ModelError(
+            f'"{name}" is on the meta device and has no values; load the weights first'
+        )
+    if tensor.layout is not torch.strided:
+        raise ModelError(
+            f'"{name}" of shape {tuple(tensor.shape)} has the layout {tensor.layout}, which a file '
+            "cannot hold; give its to_dense()"
+        )
 
 
 def rebuild(header: Header, tensors: list[Tensor]) -> tuple[list[Tensor | Form], dict[str, Tensor]]:

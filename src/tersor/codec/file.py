@@ -61,6 +61,11 @@ def save(
     Raises ExportError for a model whose forward pass cannot be stored, ModelError for weights that
     are not finite, OutputError where the file cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{model!r:.60} is not a torch.nn.Module; save the network itself, or tensors by their "
+            "names with tersor.codec.save_tensors"
+        )
     check_profile(profile)
     notes: dict[str, Any] = {
         "recipe": _steps(recipe_of(model) if recipe is None else recipe),

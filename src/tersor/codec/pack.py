@@ -59,7 +59,9 @@ def checked_dtype(tensor: Tensor) -> torch.dtype:
 
 def elements(tensor: Tensor) -> Array:
     """Flat: codes as integers, other elements as unsigned integers of their width."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # A conjugate or a negative may only be noted on the tensor.
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    flat = plain.cpu().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
     found = raw.view(numpy_type(tensor.dtype))
     return _in_order(found) if tensor.dtype in _BYTE_FLOATS else found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from torch import Tensor
@@ -72,13 +73,15 @@ def _entry(header: Header, name: str) -> tuple[int, Plain | Formed]:
 
 def _span(rows: slice, shape: tuple[int, ...], name: str) -> tuple[int, int]:
     """The first row that is wanted, and the one after the last."""
-    if not isinstance(rows, slice) or rows.step not in (None, 1) or not shape:
-        raise OptionError(
-            f'rows={rows!r} of "{name}" of shape {shape}; give slice(start, stop) for a tensor '
-            "that has rows, or None"
-        )
-    start, stop, _ = rows.indices(shape[0])
-    return start, max(start, stop)
+    # Whole numbers of any library are taken; a slice itself knows which are.
+    with suppress(TypeError):
+        if isinstance(rows, slice) and rows.step in (None, 1) and shape:
+            start, stop, _ = rows.indices(shape[0])
+            return start, max(start, stop)
+    raise OptionError(
+        f'rows={rows!r} of "{name}" of shape {shape}; give slice(start, stop) for a tensor that '
+        "has rows, or None"
+    )
 
 
 def _cut(

@@ -35,7 +35,7 @@ class Part:
 
 def check_profile(profile: str) -> None:
     """Raises OptionError unless there is such a profile."""
-    if profile not in PROFILES:
+    if not isinstance(profile, str) or profile not in PROFILES:
         raise OptionError(f"profile={profile!r:.40} is none of {', '.join(PROFILES)}")
 
 

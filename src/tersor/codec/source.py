@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import stat
@@ -129,6 +130,8 @@ def _file(path: Path) -> Iterator[Source]:
 
 
 def _of_object(file: Any) -> Source:
+    if isinstance(file, io.TextIOBase):
+        raise _no_bytes(file)
     seekable = getattr(file, "seekable", None)
     if seekable is None or not seekable():
         return Pipe(file)
@@ -140,6 +143,12 @@ def _of_object(file: Any) -> Source:
     return Ranges(read_range, file.seek(0, os.SEEK_END))
 
 
+def _no_bytes(file: Any) -> OptionError:
+    return OptionError(
+        f"{name_of(file)} is open as text; open it for reading bytes: open(path, 'rb')"
+    )
+
+
 def _read_fully(file: Any, length: int) -> bytes:
     """Reads on until there are `length` bytes, or no more."""
     pieces, missing = [], length
@@ -148,6 +157,8 @@ def _read_fully(file: Any, length: int) -> bytes:
         piece = file.read(min(missing, 2**24))
         if not piece:
             break
+        if isinstance(piece, str):
+            raise _no_bytes(file)
         pieces.append(piece)
         missing -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
