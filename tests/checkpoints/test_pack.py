@@ -14,7 +14,7 @@ from torch import nn
 
 import tersor
 import zoo
-from tersor.checkpoints import packing, quantizing
+from tersor.checkpoints import free_name, packing, quantizing
 from tersor.codec import read_parts, read_tensor
 from tersor.errors import FileError, ModelError, OptionError, OutputError
 from tersor.files import drafts
@@ -389,6 +389,26 @@ def test_the_checkpoint_and_its_base_are_not_overwritten(tmp_path):
     with pytest.raises(OptionError, match="is what is unpacked"):
         tersor.unpack(tmp_path / "base.tersor", tmp_path / "base.tersor")
     assert path.read_bytes() == before
+
+
+def test_the_free_name_is_beside_what_was_named(tmp_path, monkeypatch):
+    # As the cache of Hugging Face lays files out.
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snap").mkdir()
+    blob = checkpoint(tmp_path).rename(tmp_path / "blobs" / "0f3c")
+    (tmp_path / "snap" / "model.safetensors").symlink_to("../blobs/0f3c")
+    (tmp_path / "latest").symlink_to("snap")
+    monkeypatch.chdir(tmp_path / "snap")
+    beside = tmp_path / "snap" / "model.tersor"
+    for path in (beside.with_suffix(".safetensors"), "model.safetensors"):
+        assert free_name(path) == beside
+    assert free_name("model.safetensors.index.json") == beside
+    assert free_name(tmp_path / "latest") == tmp_path / "latest.tersor"
+    assert free_name(".") == free_name("../snap/") == tmp_path / "snap.tersor"
+    assert tersor.pack("model.safetensors", free_name("model.safetensors")).path == beside
+    assert [p.name for p in blob.parent.iterdir()] == [blob.name]
+    with pytest.raises(OptionError, match=r"model\.tersor is there already; name the file"):
+        free_name("model.safetensors")
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -153,9 +154,10 @@ def free_name(path: str | Path) -> Path:
 
     Raises OptionError where there is such a file already, which nobody asked to replace.
     """
-    path = Path(path)
+    # Links are not followed: caches keep checkpoints as links to files of other names elsewhere.
+    path = Path(os.path.abspath(path))
     stem = path.name.removesuffix(".index.json").removesuffix(".safetensors")
-    found = path.resolve().parent / f"{path.resolve().name if path.is_dir() else stem}.tersor"
+    found = path.parent / f"{path.name if path.is_dir() else stem}.tersor"
     if found.exists():
         raise OptionError(f"{found} is there already; name the file to write to replace it")
     return found
