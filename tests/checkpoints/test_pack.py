@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -307,6 +308,29 @@ def test_what_cannot_be_quantized_is_kept_and_said(tmp_path):
     assert len(done.notes) == 2
     assert 'holes" holds NaN or infinity and is kept' in done.notes[0]
     assert '"far" holds weights too large' in done.notes[1]
+    # The others have their bits all the same.
+    assert done.error < 0.3
+
+
+@pytest.mark.parametrize("scale", [1e39, 1e100, 1e200, 1e300])
+def test_finite_weights_beyond_all_others_are_not_called_infinite(tmp_path, scale):
+    tensors = {"w": noise(30, 30), "huge": noise(5, 5).double() * scale}
+    done, _ = there_and_back(checkpoint(tmp_path, tensors), bits=3.0)
+    assert done.notes == ['"huge" holds weights too large to quantize and is kept']
+    assert same(load_file(tmp_path / "back" / "model.safetensors")["huge"], tensors["huge"])
+    tensors.pop("w")
+    with pytest.raises(ModelError, match="none that can be; pack it without loss"):
+        tersor.pack(checkpoint(tmp_path, tensors), tmp_path / "m.tersor", bits=3.0)
+
+
+def test_bits_that_are_missed_are_said(tmp_path):
+    # Two equal magnitudes have no codes that cost 3 bits each.
+    path = checkpoint(tmp_path, {"w": torch.ones(20, 20)})
+    done, _ = there_and_back(path, bits=3.0)
+    (note,) = done.notes
+    said = re.match(r"bits=3 were asked for, and the quantized weights take about ([\d.]+);", note)
+    assert not 0.95 < float(said[1]) / 3 < 1.05
+    assert there_and_back(checkpoint(tmp_path), bits=3.0)[0].notes == []
 
 
 @pytest.mark.parametrize("bits", [None, 3.0])

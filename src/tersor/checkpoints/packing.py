@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from tersor.checkpoints.layout import KEY, Held, held_names, is_usual, notes_of
-from tersor.checkpoints.quantizing import Matrix, Quantizer, decoded_pieces, matrix_of, pieces
+from tersor.checkpoints.quantizing import (
+    TOO_LARGE,
+    Matrix,
+    Quantizer,
+    decoded_pieces,
+    matrix_of,
+    pieces,
+    too_large,
+)
 from tersor.checkpoints.source import open_checkpoint
 from tersor.codec import (
     Header,
@@ -30,6 +38,8 @@ from tersor.errors import ModelError, OptionError, OutputError
 from tersor.forms import Form, Trellis
 
 MOST_BITS = 16
+_OFF = 0.05
+"""Share of the bits that were asked for; a result farther from them is told of."""
 
 
 class Progress(Protocol):
@@ -190,18 +200,27 @@ def _items(
         matrices += [] if matrix is None else [matrix]
         notes += [reason] if reason else []
         told.advance(sizes[name])
+    # One step for all would leave no bits to the others.
+    for matrix in too_large(matrices):
+        matrices.remove(matrix)
+        notes.append(f'"{matrix.name}" {TOO_LARGE}')
     if not matrices:
         raise ModelError(
             f"bits={bits:g} quantizes float tensors of two or more dimensions, and the checkpoint "
-            "has none that is finite; pack it without loss"
+            "has none that can be; pack it without loss"
         )
     told.doing("quantizing")
     told.advance(sum(sizes.values()) - sum(sizes[matrix.name] for matrix in matrices))
     quantizer = Quantizer(matrices, bits, folder, steps)
+    if abs(quantizer.reached / bits - 1) > _OFF:
+        notes.append(
+            f"bits={bits:g} were asked for, and the quantized weights take about "
+            f"{quantizer.reached:.3g}; no step that was tried comes nearer"
+        )
     for matrix in matrices:
         form = quantizer.form(matrix)
         if form is None:
-            notes.append(f'"{matrix.name}" holds weights too large to quantize and is kept')
+            notes.append(f'"{matrix.name}" {TOO_LARGE}')
         else:
             items[matrix.name] = form
         told.advance(sizes[matrix.name])

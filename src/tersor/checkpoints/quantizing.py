@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ _MOST = 2**30
 _NEAR, _FEW = 0.1, 16
 
 
+TOO_LARGE = "holds weights too large to quantize and is kept"
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A tensor that will be quantized. step: relative to those of the others; peak: largest |w|"""
@@ -61,13 +65,23 @@ def matrix_of(name: str, tensor: Tensor) -> tuple[Matrix | None, str]:
     energy = peak = 0.0
     for piece in pieces(tensor):
         wide = piece.double()
+        if not bool(wide.isfinite().all()):
+            return None, f'"{name}" holds NaN or infinity and is kept as it is'
         energy += float(wide.square().sum())
         peak = max(peak, float(wide.abs().max()))
-    if not math.isfinite(energy):
-        return None, f'"{name}" holds NaN or infinity and is kept as it is'
+    # The search is in float32.
+    if peak > torch.finfo(torch.float32).max:
+        return None, f'"{name}" {TOO_LARGE}'
     axis = next((i for i, size in enumerate(tensor.shape) if size > 1), 0)
     step = blind_step(math.sqrt(energy / tensor.numel()), tensor.numel())
     return Matrix(name, tensor, axis, step, peak), ""
+
+
+def too_large(matrices: Sequence[Matrix]) -> list[Matrix]:
+    """Those whose codes would take more than 31 bits wherever most others have codes at all."""
+    sizes = [matrix.peak / matrix.step for matrix in matrices if matrix.peak]
+    middle = statistics.median_low(sizes) if sizes else 0.0
+    return [matrix for matrix in matrices if matrix.peak / matrix.step > _MOST * middle]
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
