@@ -16,7 +16,7 @@ from torch import nn
 import tersor
 import zoo
 from tersor.checkpoints import free_name, packing, quantizing
-from tersor.codec import read_parts, read_tensor
+from tersor.codec import read_header, read_parts, read_tensor
 from tersor.errors import FileError, ModelError, OptionError, OutputError
 from tersor.files import drafts
 from tersor.methods.quantize.entropy import entropy
@@ -171,6 +171,40 @@ def test_a_network_takes_a_packed_checkpoint_as_it_is(tmp_path, bits):
     for name, value in unpacked.items():
         owner, _, leaf = name.rpartition(".")
         assert torch.equal(getattr(other.get_submodule(owner), leaf), value)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too, and a layer under two names."""
+
+    def __init__(self, *, tied=True):
+        super().__init__()
+        self.embed = nn.Embedding(30, 12)
+        self.head = nn.Linear(12, 30, bias=False)
+        self.twice = nn.ModuleList([nn.Linear(12, 12)] * 2)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("bits", [None, 4.0])
+@pytest.mark.parametrize("name", ["embed.weight", "head.weight"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_one_name_of_a_tied_pair_serves_for_both(tmp_path, bits, name, device):
+    net = Tied()
+    tensors = {name: net.embed.weight, "twice.1.weight": net.twice[0].weight}
+    tensors["twice.0.bias"] = net.twice[0].bias
+    done, _ = there_and_back(checkpoint(tmp_path, tensors), bits=bits)
+    with torch.device(device):
+        other = Tied()
+    tersor.load(done.path, into=other)
+    weight = load_file(tmp_path / "back" / "model.safetensors")[name]
+    assert torch.equal(other.embed.weight, weight)
+    assert torch.equal(other.head.weight, weight)
+    assert bits or other.head.weight is other.embed.weight
+    # Tied for good: what is saved again has it once.
+    entries = read_header(tersor.save(other, tmp_path / "again.tersor")).entries
+    assert ("embed.weight", "head.weight") in [entry.names for entry in entries]
+    with pytest.raises(FileError, match="the file lacks"):
+        tersor.load(done.path, into=Tied(tied=False))
 
 
 def shards(folder):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, KeysView
+from collections.abc import Collection, Iterable, KeysView, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ def place(model: nn.Module, items: Iterable[Item]) -> None:
         raise ModelError(
             f"into={model!r:.60} is not a torch.nn.Module; build the network first, into=Net()"
         )
-    items = list(items)
+    items = _under_all_names(model, list(items))
     _check(model, {name: item for entry, item in items for name in entry.names})
     # All of them first: a layer that holds a form already is of a class that cannot be baked.
     for entry, _ in items:
@@ -53,6 +54,22 @@ def check_complete(model: nn.Module) -> None:
                 f'"{name}" of shape {tuple(tensor.shape)} is on the meta device and not part of '
                 "the state_dict, so the file does not have it; build the module on the CPU instead"
             )
+
+
+def _under_all_names(model: nn.Module, items: Sequence[Item]) -> list[Item]:
+    """With the names that `model` ties to one of an item's: a checkpoint may have just one."""
+    names: dict[int, list[str]] = {}
+    tensor_of: dict[str, int] = {}
+    for name, _, item in stored(model):
+        names.setdefault(id(item), []).append(name)
+        tensor_of[name] = id(item)
+    known = {name for entry, _ in items for name in entry.names}
+    found = []
+    for entry, value in items:
+        tied = {tied for name in entry.names for tied in names.get(tensor_of.get(name, 0), ())}
+        found.append((replace(entry, names=(*entry.names, *sorted(tied - known))), value))
+        known |= tied
+    return found
 
 
 def _set(layer: nn.Module, leaf: str, value: Tensor, shared: nn.Parameter | None) -> nn.Parameter:
