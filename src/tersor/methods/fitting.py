@@ -14,6 +14,8 @@ from tersor.methods.survey import Weight
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _PASSES, _NEAR = 6, 0.005
+_MOST = 2.0**30
+"""Of a code; those that no integer holds are refused when they are chosen."""
 _SAMPLE = 2**21
 """Weights from which a first step is estimated."""
 
@@ -87,7 +89,7 @@ def rounded_tables(weights: Sequence[Weight], step: float, states: int) -> tuple
     spacing = 1 if states == 1 else 2
     found = []
     for weight in weights:
-        levels = weight.matrix / np.float32(step * weight.step)
+        levels = (weight.matrix / np.float32(step * weight.step)).clip(-_MOST, _MOST)
         found.append((np.rint(levels / spacing).astype(np.int32), rates.classes_of(levels, states)))
     counts = rates.count(found, 1)
     taken = rates.estimate(found, counts)
