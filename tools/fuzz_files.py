@@ -222,7 +222,8 @@ def run(options: argparse.Namespace) -> int:
             while sum(worker.busy() for worker in workers):
                 time.sleep(0.2)
         except KeyboardInterrupt:
-            print("stopped before the end")
+            print("stopped before the end" + ", and not recorded" * options.record)
+            options.record = False
         finally:
             for worker in workers:
                 worker.stop()
