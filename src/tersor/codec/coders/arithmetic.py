@@ -6,7 +6,6 @@ last range. It holds no length: its reader knows how many bits to expect.
 
 from typing import Protocol
 
-HALF = 1 << 15
 _BITS = 16
 _BOTTOM = 1 << 32
 _FULL = 2**64 - 1
