@@ -1,6 +1,7 @@
 """Gives one file to the loader and judges what it did: refuse, load, or what no reader may do."""
 
 import io
+import math
 import random
 import resource
 import time
@@ -129,10 +130,7 @@ def _unfolded(header: Header) -> int:
         stored = leaf.plain.count * header.dtype(leaf.plain).itemsize
         total += stored * (9 if leaf.mask or leaf.zero else 2)
     for entry in header.entries:
-        count = 1
-        for size in entry.tensor.shape:
-            count *= size
-        total += count * 8
+        total += math.prod(entry.tensor.shape) * 8
     return total
 
 

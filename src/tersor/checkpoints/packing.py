@@ -36,10 +36,9 @@ from tersor.codec import (
 )
 from tersor.errors import ModelError, OptionError, OutputError
 from tersor.forms import Form, Trellis
+from tersor.methods.fitting import missed
 
 MOST_BITS = 16
-_OFF = 0.05
-"""Share of the bits that were asked for; a result farther from them is told of."""
 
 
 class Progress(Protocol):
@@ -212,7 +211,7 @@ def _items(
     told.doing("quantizing")
     told.advance(sum(sizes.values()) - sum(sizes[matrix.name] for matrix in matrices))
     quantizer = Quantizer(matrices, bits, folder, steps)
-    if abs(quantizer.reached / bits - 1) > _OFF:
+    if missed(quantizer.reached, bits):
         notes.append(
             f"bits={bits:g} were asked for, and the quantized weights take about "
             f"{quantizer.reached:.3g}; no step that was tried comes nearer"

@@ -56,7 +56,8 @@ class Known:
     own: of a vector, its mean curvature, 0 where none is known
     blind: weights that matter although no gradient says how much
     reason: why there were no gradients at all; empty where there were
-    original: what batch norms saw and what was answered; None without batch norms
+    original: what batch norms saw and what was answered; None without batch norms, or held-out
+        inputs
     """
 
     samples: int

@@ -13,7 +13,8 @@ from tersor.methods.survey import Weight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_PASSES, _NEAR = 6, 0.005
+_PASSES, _NEAR, _FAR = 6, 0.005, 0.05
+"""Shares of the bits that were asked for: where the search ends, and where a miss must be told of."""
 _MOST = 2.0**30
 """Of a code; those that no integer holds are refused when they are chosen."""
 _SAMPLE = 2**21
@@ -40,10 +41,10 @@ def fit(weights: Sequence[Weight], bits: float, states: int, thrift: float) -> F
     """Codes that take about `bits` bits a weight, with a step between them and their tables."""
     step, tables = _first_guess(weights, bits, states)
     best: Fit | None = None
-    tried: list[Fit] = []
+    tried: list[tuple[float, float]] = []
     for _ in range(_PASSES):
         found, counts = fit_at(weights, step, states, thrift, tables)
-        tried.append(found)
+        tried.append((step, found.reached))
         if best is None or abs(found.reached - bits) < abs(best.reached - bits):
             best = found
         if abs(found.reached - bits) <= _NEAR * bits:
@@ -58,16 +59,24 @@ def fit(weights: Sequence[Weight], bits: float, states: int, thrift: float) -> F
     return best
 
 
-def _next_step(tried: Sequence[Fit], bits: float) -> float:
-    """Between the nearest steps that took too much and too little, else beyond the last."""
-    above = min((f for f in tried if f.reached > bits), key=lambda f: f.reached, default=None)
-    below = max((f for f in tried if f.reached <= bits), key=lambda f: f.reached, default=None)
-    if above is None or below is None or not above.step < below.step:
-        last = tried[-1]
+def missed(reached: float, bits: float) -> bool:
+    """Whether that is so far from what was asked for that the user must hear of it."""
+    return abs(reached - bits) > _FAR * bits
+
+
+def _next_step(tried: Sequence[tuple[float, float]], bits: float) -> float:
+    """Between the nearest steps that took too much and too little, else beyond the last.
+
+    tried: steps, and the bits that they took
+    """
+    above = min((t for t in tried if t[1] > bits), key=lambda t: t[1], default=None)
+    below = max((t for t in tried if t[1] <= bits), key=lambda t: t[1], default=None)
+    if above is None or below is None or not above[0] < below[0]:
+        step, reached = tried[-1]
         # A bit more halves the step where codes are large; where most are 0 it takes more.
-        return last.step * 2 ** ((last.reached - bits) * max(1.0, 1.5 / max(bits, 0.5)))
-    share = (above.reached - bits) / (above.reached - below.reached)
-    return above.step * float((below.step / above.step) ** min(max(share, 0.1), 0.9))
+        return step * float(2 ** ((reached - bits) * max(1.0, 1.5 / max(bits, 0.5))))
+    share = (above[1] - bits) / (above[1] - below[1])
+    return above[0] * float((below[0] / above[0]) ** min(max(share, 0.1), 0.9))
 
 
 def fit_at(

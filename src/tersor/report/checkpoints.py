@@ -1,5 +1,6 @@
 """What packing and unpacking a checkpoint show."""
 
+import math
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -27,7 +28,7 @@ def pack_view(found: Data) -> RenderableType:
         (
             tensor["name"],
             figures.shape(tensor["shape"]),
-            _bits(tensor["bytes"], _count(tensor["shape"])),
+            _bits(tensor["bytes"], math.prod(tensor["shape"])),
             figures.digits(tensor["error"]),
         )
         for tensor in worst
@@ -73,10 +74,3 @@ def unpack_view(found: Data) -> RenderableType:
 
 def _bits(count: int, elements: int) -> str:
     return f"{8 * count / elements:.2f}" if elements else ""
-
-
-def _count(shape: list[int]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found

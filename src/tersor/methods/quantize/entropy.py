@@ -28,15 +28,13 @@ from tersor.errors import OptionError
 from tersor.forms.trellis import TAPS
 from tersor.measure.channels import Norms, norms_of
 from tersor.methods.effects import Known
-from tersor.methods.fitting import fit
+from tersor.methods.fitting import fit, missed
 from tersor.methods.norms import correct, matched
 from tersor.methods.survey import survey
 from tersor.recipe import Outcome, method
 from tersor.surgery.fold import absorb_statistics
 from tersor.surgery.walk import Patterns, Site, check_finite, vectors, walk
 from tersor.task import Task
-
-_FAR = 0.05
 
 
 @method
@@ -84,7 +82,7 @@ def entropy(
     steps = [best.step * weight.step for weight in found.weights]
     blind = {site.name for site in sites} & {*(found.known.blind if found.known else ())}
     outcome = {"bits": best.reached, "finest": min(steps), "coarsest": max(steps)}
-    if abs(best.reached - bits) > _FAR * bits:
+    if missed(best.reached, bits):
         outcome["asked"] = bits
     if corrected is not None:
         outcome["corrected"] = corrected
@@ -101,8 +99,10 @@ def _correct(
     model: nn.Module, task: Task | None, known: Known | None, samples: int, norms: Norms
 ) -> bool | None:
     """Moves scale and shift of batch norms, if that helps; None where there are none to move."""
-    if task is None or known is None or known.original is None or not norms:
+    if task is None or known is None or not norms:
         return None
+    if known.original is None:  # Without held-out inputs nobody could say whether it helps.
+        return False
     batches, held_out = task.calibration(samples), task.holdout(samples)
     kept = correct(model, task, batches, held_out, known.original, matched, norms).kept
     if kept:
