@@ -14,7 +14,7 @@ from tersor.methods.survey import Weight
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _PASSES, _NEAR, _FAR = 6, 0.005, 0.05
-"""Shares of the bits that were asked for: where the search ends, and where a miss must be told of."""
+"""NEAR, FAR: shares of the bits asked for; a miss that ends the search, and one to be told of."""
 _MOST = 2.0**30
 """Of a code; those that no integer holds are refused when they are chosen."""
 _SAMPLE = 2**21
