@@ -13,19 +13,17 @@ Differs: the gradients are those of the task's own divergence, drawn by `Task.sc
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tersor.errors import ModelError
-from tersor.forms.form import rows
-from tersor.measure.running import Watching, check_outputs, evaluating, unfused
+from tersor.measure.products import PRODUCTS, Products, unfused_recurrence
+from tersor.measure.running import check_outputs, evaluating, unfused
 from tersor.surgery.walk import Site
 from tersor.task import Inputs, Task
 
@@ -80,7 +78,7 @@ def curvature(
     with (
         evaluating(model),
         unfused(),
-        _unfused_recurrence(model),
+        unfused_recurrence(model),
         _differentiable(model),
         torch.set_grad_enabled(draws > 0),
     ):
@@ -133,144 +131,67 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
-@contextmanager
-def _unfused_recurrence(model: nn.Module) -> Iterator[None]:
-    """Recurrent layers as their separate products; one fused operator would hide them."""
-    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        yield
-        return
-    with warnings.catch_warnings():
-        # That Intel's GPUs could do something else, whatever is asked for.
-        warnings.filterwarnings("ignore", message=".*oneDNN.*")
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
-
-
-class _Watch(Watching):  # type: ignore[no-untyped-call]
+class _Watch(Products):  # type: ignore[no-untyped-call]
     """Adds up what meets the weights on the way forward, and what comes back to their outputs."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
-        super().__init__()
+        super().__init__(sites, _PLACES)
         self.backward = False
-        # Several weights may be parts of one storage.
-        self._sites: dict[int, list[tuple[range, Site]]] = {}
-        for site in sites:
-            start = site.weight.storage_offset()
-            place = range(start, start + site.weight.numel())
-            storage = site.weight.untyped_storage().data_ptr()
-            self._sites.setdefault(storage, []).append((place, site))
         self._totals: dict[tuple[str, str], Tensor] = {}
-        self._met: dict[tuple[str, str], int] = {}
+        self._seen: dict[tuple[str, str], int] = {}
         self._looked: dict[int, str] = {}
-        self._generator = torch.Generator().manual_seed(0)
 
     def found(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
         """Means of the second moments of inputs (or of what was looked up), and of gradients."""
 
         def mean(what: str) -> Tensor | None:
             key = site.name, what
-            return self._totals[key] / self._met[key] if key in self._met else None
+            return self._totals[key] / self._seen[key] if key in self._seen else None
 
         inputs = mean("inputs")
         return mean("looked up") if inputs is None else inputs, mean("gradients")
 
+    def met(self, site: Site, values: Callable[[], Tensor]) -> None:
+        self._add(site.name, "inputs", values())
+
+    def looked_up(self, site: Site, indices: Tensor) -> None:
+        self._looked[indices.data_ptr()] = site.name
+
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _PRODUCTS:
-            left, right = (args[i] for i in _PRODUCTS[func])
-            if (site := self._of(right)) is not None:
-                self._product(site, left, right)
-            elif (site := self._of(left)) is not None:
-                self._product(site, right.transpose(-1, -2), left.transpose(-1, -2))
-        elif func is _aten.convolution.default and (site := self._of(args[1])) is not None:
-            self._convolution(site, *args[:2], *args[3:9])
-        elif func is _aten.convolution_backward.default and (site := self._of(args[2])) is not None:
-            self._convolution_gradient(site, args[0], transposed=args[7], groups=args[9])
-        elif func is _aten.embedding.default and (site := self._of(args[0])) is not None:
-            self._looked[args[1].data_ptr()] = site.name
+        if not self.backward:
+            return super().see(func, args, kwargs)
+        if func in PRODUCTS:
+            left, right = (args[i] for i in PRODUCTS[func])
+            if (site := self.of(right)) is not None:
+                self._product_gradient(site, left, right)
+            elif (site := self.of(left)) is not None:
+                self._product_gradient(site, right.transpose(-1, -2), left.transpose(-1, -2))
+        elif func is _aten.convolution_backward.default and (site := self.of(args[2])) is not None:
+            if not args[7]:
+                self._convolution_gradient(site, args[0], groups=args[9])
         elif func is _aten.embedding_dense_backward.default and args[1].data_ptr() in self._looked:
             # One-hot rows times the table: what is looked up are its columns.
             gradient = args[0].reshape(1, -1, args[0].shape[-1])
-            self._add(self._looked[args[1].data_ptr()], gradient, "looked up")
+            self._add(self._looked[args[1].data_ptr()], "looked up", gradient)
         return func(*args, **kwargs)
 
-    def _of(self, tensor: Tensor) -> Site | None:
-        found = self._sites.get(tensor.untyped_storage().data_ptr(), ())
-        return next((site for place, site in found if tensor.storage_offset() in place), None)
+    def _product_gradient(self, site: Site, gradient: Tensor, weight: Tensor) -> None:
+        """Adds the left side of gradient (..., outputs) @ weight (..., outputs, m)."""
+        outputs = site.weight.shape[site.axis]
+        if weight.shape[-2] == outputs:
+            self._add(site.name, "gradients", gradient.reshape(1, -1, outputs))
 
-    def _product(self, site: Site, other: Tensor, weight: Tensor) -> None:
-        """Adds the left side of other (..., n) @ weight (..., n, m), or a piece of it."""
-        outputs, inputs = rows(site.weight, site.axis).shape
-        size = outputs if self.backward else inputs
-        if weight.shape[-2] == size:
-            self._add(site.name, other.reshape(-1, size)[None])
+    def _convolution_gradient(self, site: Site, gradient: Tensor, *, groups: int) -> None:
+        apart = (
+            gradient.detach().flatten(2).reshape(len(gradient), groups, -1, gradient[0, 0].numel())
+        )
+        places = apart.permute(1, 0, 3, 2)
+        self._add(site.name, "gradients", places.reshape(groups, -1, places.shape[-1]))
 
-    def _convolution(
-        self,
-        site: Site,
-        inputs: Tensor,
-        weight: Tensor,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        transposed: bool,
-        _: list[int],
-        groups: int,
-    ) -> None:
-        if transposed or weight.dim() > 4:
-            return
-        if weight.dim() == 3:
-            inputs, weight = inputs[:, :, None], weight[:, :, None]
-            stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-        seen = _patches(inputs.detach(), weight.shape[2:], stride, padding, dilation)
-        height, width = seen.shape[2:4]
-        places = torch.arange(height * width)
-        if len(places) > _PLACES:
-            places = torch.randperm(len(places), generator=self._generator)[:_PLACES]
-        # (samples, groups * n, places) -> (groups, samples * places, n)
-        taken = seen[:, :, places // width, places % width].permute(1, 3, 4, 0, 2)
-        apart = taken.reshape(groups, -1, len(inputs) * len(places)).transpose(1, 2)
-        self._add(site.name, apart)
-
-    def _convolution_gradient(
-        self, site: Site, gradient: Tensor, *, transposed: bool, groups: int
-    ) -> None:
-        if not transposed:
-            apart = (
-                gradient.detach()
-                .flatten(2)
-                .reshape(len(gradient), groups, -1, gradient[0, 0].numel())
-            )
-            places = apart.permute(1, 0, 3, 2)
-            self._add(site.name, places.reshape(groups, -1, places.shape[-1]))
-
-    def _add(self, name: str, values: Tensor, what: str = "") -> None:
+    def _add(self, name: str, what: str, values: Tensor) -> None:
         """values: (groups, rows, n)"""
         wide = values.detach().float()
         products = (wide.transpose(1, 2) @ wide).double().cpu()
-        key = name, what or ("gradients" if self.backward else "inputs")
+        key = name, what
         self._totals[key] = self._totals[key] + products if key in self._totals else products
-        self._met[key] = self._met.get(key, 0) + values.shape[1]
-
-
-def _patches(
-    inputs: Tensor,
-    kernel: Sequence[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    """A view of what each place meets, (samples, channels, height, width, *kernel)."""
-    padded = functional.pad(inputs, (padding[1], padding[1], padding[0], padding[0])).contiguous()
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    sizes = [(n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, stride, strict=True)]
-    steps = padded.stride()
-    return padded.as_strided(
-        (*padded.shape[:2], *sizes, *kernel),
-        (
-            *(*steps[:2], steps[2] * stride[0], steps[3] * stride[1]),
-            *(steps[2] * dilation[0], steps[3] * dilation[1]),
-        ),
-    )
-
-
-_PRODUCTS = {_aten.addmm.default: (1, 2), _aten.mm.default: (0, 1), _aten.bmm.default: (0, 1)}
+        self._seen[key] = self._seen.get(key, 0) + values.shape[1]
