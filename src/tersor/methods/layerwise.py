@@ -1,0 +1,263 @@
+"""Layer after layer: each weight is quantized for what it is given by the layers quantized before.
+
+The network runs once over all calibration inputs, side by side, and halts at each weight. Weights
+that are used several times in a pass, or as a table as well, come first: their inputs are those of
+the network as it was.
+
+Source: Frantar et al. 2022 (GPTQ), arXiv:2210.17323, section 3.3 and its code, for inputs of the
+quantized prefix; Li et al. 2025 (GPTAQ), arXiv:2504.02692, eq. 5, and Zhang et al. 2026 (Qronos),
+arXiv:2505.11695, for outputs of the original as the target.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import ModelError, OptionError
+from tersor.forms.form import Form, rows
+from tersor.measure import evaluating
+from tersor.measure.lockstep import Bring, Pass, lockstep
+from tersor.measure.products import Products, unfused_recurrence
+from tersor.measure.running import unfused
+from tersor.methods.sparse import sparse_form
+from tersor.surgery.hold import bake, release
+from tersor.surgery.walk import Site, walk
+from tersor.task import Task
+
+# Of a convolution, for each sample.
+_PLACES = 64
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over everything that met a weight; x is what the quantized network brings.
+
+    own: (groups, inputs, inputs) float32, of x x^T
+    cross: (groups, inputs, inputs) float32, of y x^T, where y is what the original brings; None
+        where it was not asked for or not seen
+    count: rows that were seen
+    """
+
+    own: Tensor
+    cross: Tensor | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight to be quantized.
+
+    matrix: (outputs, inputs) float32
+    moments: None for a weight that no product was seen of, such as a table's
+    zeros: (outputs, inputs) bool, where it was pruned; None if it was not
+    """
+
+    site: Site
+    matrix: Tensor
+    moments: Moments | None = None
+    zeros: Tensor | None = None
+
+
+Quantize = Callable[[Layer], Form]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A network's weights, and calls of it without gradients, one for each batch."""
+
+    sites: Sequence[Site]
+    runs: Sequence[Pass]
+
+
+def layerwise(
+    model: nn.Module,
+    task: Task,
+    sites: Sequence[Site],
+    quantize: Quantize,
+    *,
+    samples: int,
+    original: bool = False,
+) -> None:
+    """Holds each of `sites` as what `quantize` makes of it, in the order in which they are used.
+
+    samples: calibration inputs to use, at most
+    original: whether the original network runs beside, for `Moments.cross`
+
+    Raises ModelError for inputs that are not finite.
+    """
+    batches = task.calibration(samples)
+    plain(sites)
+    twin = copy.deepcopy(model) if original else None
+    with evaluating(model), unfused(), unfused_recurrence(model):
+        here = Passes(sites, [partial(task.predict, model, batch) for batch in batches])
+        if twin is None:
+            in_order(here, quantize)
+            return
+        named = {site.name: site for site in walk(twin)}
+        with evaluating(twin):
+            there = Passes(
+                [named[site.name] for site in sites],
+                [partial(task.predict, twin, batch) for batch in batches],
+            )
+            in_order(here, quantize, there)
+
+
+def plain(sites: Sequence[Site]) -> None:
+    """Checks that no weight is quantized already, in any place. Raises OptionError."""
+    for site in sites:
+        if site.form is not None and sparse_form(site.form) is not site.form:
+            raise OptionError(
+                f'"{site.name}" of shape {tuple(site.weight.shape)} is held as {site.form.kind} '
+                "already, which quantizing again would only worsen; start from the original, or "
+                "exclude it"
+            )
+
+
+def in_order(here: Passes, quantize: Quantize, there: Passes | None = None) -> None:
+    """The same for any calls. there: those of the original, weight for weight and batch for batch
+
+    Weights are changed in place as the calls come to them, and held at the end.
+    """
+    zeros = {site.name: _released(site) for site in here.sites}
+    if there is not None:
+        for site in there.sites:
+            _released(site)
+    forms: dict[str, Form] = {}
+
+    def take(site: Site, moments: Moments | None) -> None:
+        matrix = rows(site.weight, site.axis).float()
+        form = quantize(Layer(site, matrix, moments, zeros[site.name]))
+        site.weight.copy_(form.dense())
+        forms[site.name] = form
+
+    with torch.no_grad():
+        order, several = _order(here)
+        for site in (s for s in here.sites if s.name not in order):
+            take(site, None)
+        _take_several(here, [s for s in here.sites if s.name in several], take)
+        once = [name for name in order if name not in several]
+        _take_once(here, there, once, take)
+    for site in here.sites:
+        site.hold(forms[site.name])
+
+
+def _released(site: Site) -> Tensor | None:
+    """Makes the weight plain; where it was pruned."""
+    for layer, attribute in site.uses:
+        bake(layer, attribute)
+    if site.form is None:
+        return None
+    zeros = rows(site.weight, site.axis) == 0
+    parameter: nn.Parameter | None = None
+    for layer, attribute in site.uses:
+        parameter = release(layer, attribute, parameter)
+    return zeros
+
+
+class _Uses(Products):  # type: ignore[no-untyped-call]
+    """How often each weight is used, in the order of their first uses."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__(sites)
+        self.products: dict[str, int] = {}
+        self.lookups: set[str] = set()
+
+    def met(self, site: Site, values: Bring) -> None:
+        self.products[site.name] = self.products.get(site.name, 0) + 1
+
+    def looked_up(self, site: Site, indices: Tensor) -> None:
+        self.lookups.add(site.name)
+
+
+def _order(here: Passes) -> tuple[list[str], set[str]]:
+    """Names in the order of use, and which of them are used in several ways."""
+    watch = _Uses(here.sites)
+    with watch:
+        here.runs[0]()
+    several = {n for n, count in watch.products.items() if count > 1 or n in watch.lookups}
+    return list(watch.products), several
+
+
+class _Adding(Products):  # type: ignore[no-untyped-call]
+    """Adds up the moments of weights that are met several times."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__(sites, _PLACES)
+        self.sums: dict[str, _Sum] = {}
+
+    def met(self, site: Site, values: Bring) -> None:
+        self.sums.setdefault(site.name, _Sum()).add(site, values())
+
+
+def _take_several(
+    here: Passes, sites: Sequence[Site], take: Callable[[Site, Moments | None], None]
+) -> None:
+    if not sites:
+        return
+    watch = _Adding(sites)
+    with watch:
+        for run in here.runs:
+            run()
+    for site in sites:
+        take(site, watch.sums[site.name].moments())
+
+
+def _take_once(
+    here: Passes,
+    there: Passes | None,
+    names: Sequence[str],
+    take: Callable[[Site, Moments | None], None],
+) -> None:
+    count = len(here.runs)
+    named = [{site.name: site for site in p.sites} for p in (here, there) if p is not None]
+    runs = [*here.runs, *(there.runs if there is not None else ())]
+    sites = [[named[n // count][name] for name in names] for n in range(len(runs))]
+
+    def arrived(site: Site, brings: dict[int, Bring]) -> None:
+        total = _Sum()
+        for number in sorted(n for n in brings if n < count):
+            other = brings.get(number + count)
+            total.add(site, brings[number](), None if other is None else other())
+        take(site, total.moments() if total.count else None)
+
+    lockstep(runs, sites, arrived, _PLACES)
+
+
+class _Sum:
+    """Moments being added up."""
+
+    def __init__(self) -> None:
+        self.own: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.count = 0
+        self._pairs = 0
+
+    def add(self, site: Site, values: Tensor, others: Tensor | None = None) -> None:
+        """values, others: (groups, rows, inputs)"""
+        wide = values.float()
+        own = wide.transpose(1, 2) @ wide
+        if not bool(torch.isfinite(own).all()):
+            raise ModelError(
+                f'what "{site.name}" of shape {tuple(site.weight.shape)} is given on calibration '
+                "inputs is not finite; check the inputs, or exclude the layers before it"
+            )
+        self.own = own if self.own is None else self.own.add_(own)
+        self.count += wide.shape[1]
+        if others is not None and others.shape == values.shape:
+            cross = others.float().transpose(1, 2) @ wide
+            self.cross = cross if self.cross is None else self.cross.add_(cross)
+            self._pairs += wide.shape[1]
+
+    def moments(self) -> Moments:
+        """Of everything so far."""
+        assert self.own is not None
+        # Routed elsewhere in one of the networks, a row has no partner.
+        whole = self.cross is not None and self._pairs == self.count
+        cross = self.cross / self.count if self.cross is not None and whole else None
+        return Moments(self.own / self.count, cross, self.count)
