@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import make_golden
 from make_golden import network, values
 from tersor.codec import save
-from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM, Trellis
+from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, NofM, Trellis
 from tersor.surgery import hold
 
 BASES = {"changes": "max", "trained": "floats"}
@@ -70,7 +70,7 @@ class Types(nn.Module):
 
 def forms() -> nn.Module:
     """One layer in each form, some inside others."""
-    net = network(*(nn.Linear(8, 8) for _ in range(6)))
+    net = network(*(nn.Linear(8, 8) for _ in range(8)))
     some = net[0].weight.detach().relu()
     pairs = net[1].weight.detach() * (torch.arange(8) % 4 < 2)
     codes = Affine.encode(some, bits=4)
@@ -80,6 +80,8 @@ def forms() -> nn.Module:
     hold(net[3], "weight", Affine.encode(net[3].weight, bits=2, group_size=3, symmetric=False))
     hold(net[4], "weight", Trellis.encode(net[4].weight, step=1 / 32, states=8))
     hold(net[5], "weight", Dense.encode(net[5].weight, dtype=torch.float16))
+    hold(net[6], "weight", BlockFloat.encode(net[6].weight))
+    hold(net[7], "weight", BlockFloat.encode(net[7].weight, format="mxfp4"))
     return net
 
 

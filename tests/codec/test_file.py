@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 import zoo
 from tersor.codec import load, read_header, read_tensor, save, save_tensors, verify
 from tersor.errors import ExportError, FileError, ModelError, OptionError
-from tersor.forms import Affine, Bitmask, Codebook, Dense, FakeAffine, Form, NofM
+from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, FakeAffine, Form, NofM
 from tersor.program import program_of
 from tersor.program.of_model import call_arguments
 from tersor.recipe import Recipe, Step
@@ -47,6 +47,9 @@ FORMS = {
     "affine groups": lambda w: Affine.encode(w, bits=3, group_size=5, symmetric=False),
     "affine tensor": lambda w: Affine.encode(w, bits=1, axis=None),
     "affine axis": lambda w: Affine.encode(w, bits=8, axis=1),
+    "nvfp4": BlockFloat.encode,
+    "mxfp4 axis": lambda w: BlockFloat.encode(w, format="mxfp4", axis=1),
+    "nvfp4 of a bitmask": lambda w: nested(BlockFloat.encode(sparse(w)), Bitmask.encode),
     "codebook": lambda w: Codebook.encode(w, torch.linspace(-1, 1, 11)),
     "dense": lambda w: Dense.encode(w, dtype=torch.bfloat16),
     "dense e4m3": lambda w: Dense.encode(w, dtype=torch.float8_e4m3fn),

@@ -9,7 +9,7 @@ from tersor.export.onnx_forms import as_affine, lower
 from tersor.export.onnx_products import multiply_codes
 from tersor.export.onnx_rows import gather_rows, pack
 from tersor.export.onnx_writer import Writer
-from tersor.forms import Affine, Bitmask, Codebook, Dense, NofM, Trellis
+from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, NofM, Trellis
 from tersor.surgery import hold
 
 ir = pytest.importorskip("onnx_ir", reason="needs the extra onnx")
@@ -183,6 +183,40 @@ def test_codes_with_few_zeros_are_stored_dense():
     assert torch.equal(value, form.dense())
     assert writer.stored["w.codes"] == ("INT4", 120)
     assert writer.notes == ["zeros stored: their places would take more room"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(("shape", "axis"), [((6, 40), 0), ((40, 6), 1), ((5, 3, 3, 3), 0)])
+def test_four_bit_floats_are_looked_up(shape, axis, format, dtype):
+    form = BlockFloat.encode(weight_of(shape).to(dtype), format=format, axis=axis)
+    writer = Writer("w", 21)
+    value = writer.cast(lower(form, writer), torch.float32)
+    assert torch.equal(run(value, writer), form.dense().float())
+    scales = form.scale.numel()
+    whole = {"w.tensor_scale": ("FLOAT", 4)} if format == "nvfp4" else {}
+    assert writer.stored == whole | {
+        "w.codes": ("INT4", math.ceil(math.prod(shape) / 2)),
+        "w.scale": ("FLOAT8E4M3FN" if format == "nvfp4" else "UINT8", scales),
+    }
+
+
+def test_every_power_of_two_is_looked_up():
+    form = BlockFloat.encode(torch.eye(255).repeat_interleave(32, 1), format="mxfp4")
+    form.scale.copy_(torch.arange(255, dtype=torch.uint8).expand(255, 255))
+    value, _ = lowered(form)
+    assert torch.equal(value, form.dense())
+    assert value[0, 0] == 4 * 2.0**-127
+
+
+def test_four_bit_floats_stay_sparse():
+    weight = torch.where(weight_of((6, 40)) > 0.5, weight_of((6, 40)), 0)
+    form = BlockFloat.encode(weight)
+    hold(form, "codes", Bitmask.encode(form.codes, bits=4))
+    value, writer = lowered(form)
+    assert torch.equal(value, form.dense())
+    assert "w.codes" not in writer.stored
+    assert writer.stored["w.codes.values"][0] == "INT4"
 
 
 @pytest.mark.parametrize(("count", "kind", "size"), [(200, "UINT8", 240), (16, "UINT4", 120)])

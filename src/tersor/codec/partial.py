@@ -21,6 +21,7 @@ from tersor.forms import Form
 
 _BY_ROW = {
     "affine": ("codes", "scale", "zero"),
+    "block_float": ("codes", "scale"),
     "trellis": ("codes", "step"),
     "codebook": ("codes",),
     "dense": ("stored",),

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tersor.export.onnx_writer import Writer, stored_bits, to_array
-from tersor.forms import Affine, Bitmask, Codebook, Dense, Form, NofM, Trellis
+from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, Form, NofM, Trellis
+from tersor.forms.block_float import VALUES, factors
 from tersor.forms.form import unrows
 from tersor.forms.trellis import narrowest
 
@@ -143,7 +144,27 @@ def _trellis(form: Trellis, writer: Writer, role: str, bits: int | None) -> Any:
     return _as_weight(weight, form, writer)
 
 
-def _spread(per_group: Any, form: Affine, writer: Writer) -> Any:
+def _block_float(form: BlockFloat, writer: Writer, role: str, bits: int | None) -> Any:
+    """Values looked up in a table of 16: ONNX Runtime has no kernel that reads 4-bit floats.
+
+    A negative code counts from the table's end, in ONNX as in torch.
+    """
+    codes = writer.cast(part(form, "codes", writer, role, form.bits), torch.int32)
+    values = writer.op("Gather", writer.constant(torch.tensor(VALUES)), codes, axis=0)
+    if form.tensor_scale is None:
+        exponents = writer.store(f"{role}scale", form.scale[..., None])
+        powers = writer.table("e8m0", factors(torch.arange(255, dtype=torch.uint8), None))
+        factor = writer.op("Gather", powers, writer.cast(exponents, torch.int32), axis=0)
+    else:
+        whole = writer.store(f"{role}tensor_scale", form.tensor_scale)
+        scale = writer.cast(writer.store(f"{role}scale", form.scale[..., None]), torch.float32)
+        factor = writer.op("Mul", scale, whole)
+    weight = writer.op("Mul", values, _spread(factor, form, writer))
+    weight = weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
+    return _as_weight(weight, form, writer)
+
+
+def _spread(per_group: Any, form: Affine | BlockFloat, writer: Writer) -> Any:
     """Repeats (outputs, groups, 1) to (outputs, inputs); the last group may be cut short."""
     outputs, inputs = form.codes.shape
     size = form.group_size or 1
@@ -167,7 +188,7 @@ def sparse_codes(form: Affine, writer: Writer) -> bool:
     return smaller
 
 
-def _as_weight(matrix: Any, form: Affine | NofM | Trellis, writer: Writer) -> Any:
+def _as_weight(matrix: Any, form: Affine | BlockFloat | NofM | Trellis, writer: Writer) -> Any:
     """(outputs, inputs) in the weight's shape, as `unrows` does."""
     if form.axis is None:
         return writer.reshape(matrix, *form.shape)
@@ -202,6 +223,7 @@ def _zeros(writer: Writer, shape: Any, dtype: torch.dtype) -> Any:
 LOWERINGS: dict[str, Callable[[Any, Writer, str, int | None], Any]] = {
     Affine.kind: _affine,
     Bitmask.kind: _bitmask,
+    BlockFloat.kind: _block_float,
     Codebook.kind: _codebook,
     Dense.kind: _dense,
     NofM.kind: _nofm,

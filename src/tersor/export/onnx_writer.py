@@ -44,7 +44,12 @@ class Writer:
     def constant(self, tensor: Tensor) -> Any:
         """A few numbers, stored once for all weights."""
         text = "_".join(str(value) for value in tensor.flatten().tolist())
-        name = f"{str(tensor.dtype).removeprefix('torch.')}_{tensor.dim()}d_{text}"
+        return self.table(
+            f"{str(tensor.dtype).removeprefix('torch.')}_{tensor.dim()}d_{text}", tensor
+        )
+
+    def table(self, name: str, tensor: Tensor) -> Any:
+        """Numbers that all weights look up, stored once under a name."""
         if name not in self.shared:
             self.shared[name] = _initializer(name, to_array(tensor, None, self.opset))
         return self.shared[name]

@@ -2,6 +2,7 @@
 
 from tersor.forms.affine import Affine
 from tersor.forms.bitmask import Bitmask
+from tersor.forms.block_float import BlockFloat
 from tersor.forms.codebook import Codebook
 from tersor.forms.dense import Dense
 from tersor.forms.fake_affine import FakeAffine
@@ -10,13 +11,14 @@ from tersor.forms.nofm import NofM
 from tersor.forms.trellis import Trellis
 
 KINDS: dict[str, type[Form]] = {
-    form.kind: form for form in (Dense, Affine, Codebook, Bitmask, NofM, Trellis)
+    form.kind: form for form in (Dense, Affine, BlockFloat, Codebook, Bitmask, NofM, Trellis)
 }
 
 __all__ = [
     "KINDS",
     "Affine",
     "Bitmask",
+    "BlockFloat",
     "Codebook",
     "Dense",
     "FakeAffine",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tersor.forms import Affine, Bitmask, Codebook, NofM
+from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, NofM
 from tersor.forms.form import Form
 from tersor.surgery.hold import hold, release
 from tersor.surgery.walk import walk
@@ -28,12 +28,12 @@ def release_codes(model: nn.Module) -> nn.Module:
     return model
 
 
-def keep_zeros(coded: Affine | Codebook, sparse: Bitmask | NofM) -> None:
+def keep_zeros(coded: Affine | BlockFloat | Codebook, sparse: Bitmask | NofM) -> None:
     """Stores the codes of `coded` sparsely, as the weight was; code 0 must stand for zero."""
     codes = coded.codes
     if isinstance(sparse, NofM) and codes.shape[0] == sparse.shape[sparse.axis]:
-        # Affine codes are laid out as (outputs, inputs), a codebook's as the weight.
-        axis = 0 if isinstance(coded, Affine) else sparse.axis
+        # A codebook's codes are laid out as the weight, others as (outputs, inputs).
+        axis = sparse.axis if isinstance(coded, Codebook) else 0
         hold(coded, "codes", NofM.encode(codes, n=sparse.n, m=sparse.m, axis=axis, bits=coded.bits))
     else:
         hold(coded, "codes", Bitmask.encode(codes, bits=coded.bits))

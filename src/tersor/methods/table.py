@@ -6,6 +6,7 @@ from torch import nn
 
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.entropy import entropy
+from tersor.methods.quantize.fp4 import fp4
 from tersor.methods.quantize.rtn import rtn
 from tersor.methods.recover.batchnorm import batchnorm
 from tersor.methods.share.kmeans import kmeans
@@ -13,6 +14,7 @@ from tersor.methods.share.kmeans import kmeans
 TABLE: dict[str, Callable[..., nn.Module]] = {
     "prune.magnitude": magnitude,
     "quantize.rtn": rtn,
+    "quantize.fp4": fp4,
     "quantize.entropy": entropy,
     "share.kmeans": kmeans,
     "recover.batchnorm": batchnorm,
