@@ -58,6 +58,10 @@ class Bitmask(Form):
         """The mask at one bit per weight, and the values."""
         return (("mask", 8), ("values", self.bits or self.values.element_size() * 8))
 
+    def tunable(self) -> tuple[str, ...]:
+        """None: what is stored are weights."""
+        return ()
+
     def config(self) -> dict[str, Any]:
         """Bits per value, where the values are codes."""
         return {} if self.bits is None else {"bits": self.bits}

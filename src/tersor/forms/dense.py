@@ -1,4 +1,8 @@
-"""Dense form: the weight itself, in its own or a narrower float type."""
+"""Dense form: the weight itself, in its own or a narrower float type.
+
+Source: of the 8-bit types and of scales that use their range, Micikevicius et al. 2022,
+arXiv:2209.05433, section 3.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import OptionError
+from tersor.forms.affine import as_matrix, from_matrix
 from tersor.forms.form import Form, Part
 
 FLOATS = (
@@ -21,17 +26,29 @@ FLOATS = (
 
 
 class Dense(Form):
-    """weight = stored.to(dtype)
+    """weight = stored.to(dtype), times scale[o] of its output channel where there are scales
 
     stored: the weight's shape, one of FLOATS
+    scale: (outputs, 1) bfloat16, or (1, 1) for one; None for none
+    axis: the output channel that a scale belongs to, None for one scale or none
     """
 
     kind = "dense"
 
-    def __init__(self, stored: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        stored: Tensor,
+        dtype: torch.dtype,
+        scale: Tensor | None = None,
+        axis: int | None = None,
+    ) -> None:
         """Keeps `stored`; `dense` returns it as `dtype`."""
         super().__init__(tuple(stored.shape), dtype)
+        self.axis = axis
         self.stored = nn.Parameter(stored.detach().contiguous(), requires_grad=False)
+        kept = None if scale is None else nn.Parameter(scale.contiguous(), requires_grad=False)
+        self.register_parameter("scale", kept)
+        self.scale: nn.Parameter | None
 
     @classmethod
     def encode(cls, weight: Tensor, *, dtype: torch.dtype) -> Self:
@@ -52,17 +69,39 @@ class Dense(Form):
             )
         return cls(weight.detach().to(dtype), weight.dtype)
 
+    @classmethod
+    def encode_scaled(cls, weight: Tensor, *, dtype: torch.dtype, axis: int | None = 0) -> Self:
+        """Brings the largest weight of each output channel to the largest number of `dtype`.
+
+        The relative error is that of `encode`, but for weights so much smaller than the largest
+        that they leave the normal range: by more than 2**-14 (e4m3) or 2**-29 (e5m2).
+        """
+        matrix = as_matrix(weight.detach().float(), axis)
+        most = torch.finfo(dtype).max
+        scale = (matrix.abs().amax(1, keepdim=True) / most).to(torch.bfloat16)
+        scale = scale.clamp(min=torch.finfo(torch.bfloat16).tiny)
+        stored = (matrix / scale.float()).clamp(-most, most).to(dtype)
+        return cls(from_matrix(stored, tuple(weight.shape), axis), weight.dtype, scale, axis)
+
     def dense(self) -> Tensor:
         """The weight."""
-        return self.stored.to(self.dtype)
+        if self.scale is None:
+            return self.stored.to(self.dtype)
+        matrix = as_matrix(self.stored.float(), self.axis) * self.scale.float()
+        return from_matrix(matrix, self.shape, self.axis).to(self.dtype)
 
     def parts(self) -> tuple[Part, ...]:
-        """One tensor."""
-        return (("stored", self.stored.element_size() * 8),)
+        """The weight, and scales at 16 bits."""
+        scale: tuple[Part, ...] = () if self.scale is None else (("scale", 16),)
+        return (("stored", self.stored.element_size() * 8), *scale)
+
+    def tunable(self) -> tuple[str, ...]:
+        """The scales; the rest are weights."""
+        return () if self.scale is None else ("scale",)
 
     def config(self) -> dict[str, Any]:
-        """Nothing beyond the tensor."""
-        return {}
+        """Whose the scales are, where there are scales."""
+        return {} if self.scale is None else {"axis": self.axis}
 
     @classmethod
     def build(
@@ -73,6 +112,15 @@ class Dense(Form):
         dtype: torch.dtype,
     ) -> Self:
         """See `Form.build`."""
-        if config or tuple(parts["stored"].shape) != shape or parts["stored"].dtype not in FLOATS:
+        stored, scale = parts["stored"], parts.get("scale")
+        if tuple(stored.shape) != shape or stored.dtype not in FLOATS:
             raise ValueError(f"stored must be a float tensor of shape {shape}")
-        return cls(parts["stored"], dtype)
+        axis = config.get("axis")
+        if scale is None:
+            return cls(stored, dtype)
+        if axis is not None and not (type(axis) is int and 0 <= axis < len(shape)):
+            raise ValueError(f"axis={axis!r} is no dimension of a weight of shape {shape}")
+        wanted = (1 if axis is None else shape[axis], 1)
+        if tuple(scale.shape) != wanted or scale.dtype != torch.bfloat16:
+            raise ValueError(f"scale must be bfloat16 of shape {wanted}")
+        return cls(stored, dtype, scale, axis)

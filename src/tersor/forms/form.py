@@ -43,6 +43,17 @@ class Form(nn.Module):
         """The stored tensors, in the order of the constructor."""
         raise NotImplementedError
 
+    def tunable(self) -> tuple[str, ...]:
+        """Parts that may be trained while the codes stay: by default every float one.
+
+        Those that another form holds are that form's.
+        """
+        return tuple(
+            name
+            for name, _ in self.parts()
+            if f"{name}_form" not in self._modules and getattr(self, name).is_floating_point()
+        )
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are not tensors, as plain JSON values."""
         raise NotImplementedError

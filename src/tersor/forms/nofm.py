@@ -95,6 +95,10 @@ class NofM(Form):
             ("places", max(1, (self.m - 1).bit_length())),
         )
 
+    def tunable(self) -> tuple[str, ...]:
+        """None: what is stored are weights."""
+        return ()
+
     def config(self) -> dict[str, Any]:
         """Group size and layout."""
         bits = {} if self.bits is None else {"bits": self.bits}

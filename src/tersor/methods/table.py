@@ -5,17 +5,21 @@ from collections.abc import Callable
 from torch import nn
 
 from tersor.methods.prune.magnitude import magnitude
+from tersor.methods.quantize.cast import cast
 from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.fp4 import fp4
 from tersor.methods.quantize.rtn import rtn
 from tersor.methods.recover.batchnorm import batchnorm
+from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
 
 TABLE: dict[str, Callable[..., nn.Module]] = {
     "prune.magnitude": magnitude,
+    "quantize.cast": cast,
     "quantize.rtn": rtn,
     "quantize.fp4": fp4,
     "quantize.entropy": entropy,
     "share.kmeans": kmeans,
     "recover.batchnorm": batchnorm,
+    "recover.scales": scales,
 }

@@ -1,0 +1,115 @@
+"""Scales-only tuning: codes stay, their scales learn to give the original's outputs again.
+
+The cheapest recovery by training: a few hundred unlabelled inputs, no byte more, minutes at most.
+For every quantized network, after its last compressing step; most where scales are many (groups)
+and bits are few. For batch norms that saw other inputs before, `recover.batchnorm` first.
+
+Source: MLX-LM's distilled weight quantization (DWQ, 2025), for training scales alone against the
+original's outputs; Bengio, Leonard, Courville 2013, arXiv:1308.3432, for gradients that pass
+rounding unchanged.
+Differs: scales move by factors, the task's divergence is what becomes small, and biases and norms
+may be trained along. What is trained is rounded as it will be stored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tersor.errors import OptionError, TaskError
+from tersor.measure import divergence_of, reference_outputs
+from tersor.measure.running import unfused
+from tersor.methods.tuning import Tuned, shown
+from tersor.recipe import Outcome, method
+from tersor.surgery.hold import held
+from tersor.surgery.walk import vectors as vectors_of
+from tersor.task import Task
+from tersor.task.kinds import evaluation_mode
+from tersor.train import answers, fit
+from tersor.train.lessons import Lesson
+
+
+@method
+def scales(
+    model: nn.Module,
+    task: Task | None = None,
+    *,
+    original: nn.Module | None = None,
+    epochs: Annotated[int, Field(ge=1)] = 10,
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.005,
+    samples: Annotated[int, Field(ge=1)] = 512,
+    vectors: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[nn.Module, Outcome]:
+    """Trains the float parts of every form against the original's outputs, in place.
+
+    original: the network before compression; `run` passes the one it was given
+    epochs: passes over the calibration inputs
+    rate: the highest, of Adam; a scale changes by about this share in a step
+    samples: unlabelled calibration inputs to use, at most
+    vectors: whether biases, and scales and shifts of norms, are trained too
+    generator: draws the order of the inputs
+
+    The best state on held-out inputs is kept, be it the start; the step's outcome says whether
+    anything changed, with the divergence before and after. Raises OptionError for a network without
+    such parts, TaskError without data, ModelError where training does not stay finite.
+    """
+    if task is None:
+        raise TaskError("recover.scales needs inputs to run the network on; pass a task")
+    if original is None:
+        raise OptionError(
+            "recover.scales compares with the network before compression; use run(), which "
+            "passes it, or scales(model, task, original=network)"
+        )
+    held_out = task.holdout(samples)
+    if not held_out:
+        raise TaskError(
+            "recover.scales judges itself on held-out inputs and the task has none; "
+            "give it more samples, or holdout=inputs"
+        )
+    tuned = _tuned(model, vectors=vectors)
+    lessons = answers(original, task, task.calibration(samples))
+    wanted = reference_outputs(original, task, held_out)
+
+    def loss(lesson: Lesson) -> Tensor:
+        with torch.enable_grad(), shown(tuned):
+            return lessons.loss(task.predict(model, lesson[0]), lesson)
+
+    def judge() -> float:
+        with torch.no_grad(), shown(tuned):
+            return divergence_of(model, task, held_out, wanted)
+
+    optimizer = torch.optim.Adam([each.change for each in tuned], lr=rate)
+    with evaluation_mode(model), unfused():
+        fitted = fit(
+            model,
+            optimizer,
+            lessons,
+            loss,
+            epochs=epochs,
+            judge=judge,
+            generator=generator or torch.Generator().manual_seed(0),
+        )
+    for each in tuned:
+        each.store()
+    return model, {
+        "kept": fitted.epoch > 0,
+        "divergence_before": fitted.before,
+        "divergence_after": fitted.after,
+        "trained": sum(each.change.numel() for each in tuned),
+    }
+
+
+def _tuned(model: nn.Module, *, vectors: bool) -> list[Tuned]:
+    """Every tensor to train, once. Raises OptionError where no form has any."""
+    forms = dict.fromkeys(form for _, outer in held(model) for form in outer.forms())
+    found = [Tuned([(form, name)], keep_zeros=True) for form in forms for name in form.tunable()]
+    if not found:
+        raise OptionError(
+            f"{type(model).__name__} holds no weight with scales or shared values, so "
+            "recover.scales has nothing to train; put it behind a quantizing step"
+        )
+    return found + ([Tuned(site.uses) for site in vectors_of(model)] if vectors else [])
