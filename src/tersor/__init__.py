@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tersor import surgery as surgery
     from tersor import task as task
     from tersor.checkpoints import pack as pack
+    from tersor.checkpoints import quantize_folder as quantize_folder
     from tersor.checkpoints import unpack as unpack
     from tersor.codec import load as load
     from tersor.codec import save as save
@@ -43,6 +44,7 @@ _HOMES = {
     "decoded": "tersor.surgery",
     "load": "tersor.codec",
     "pack": "tersor.checkpoints",
+    "quantize_folder": "tersor.checkpoints",
     "replay": "tersor.methods",
     "run": "tersor.methods",
     "save": "tersor.codec",

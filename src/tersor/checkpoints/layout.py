@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tersor.checkpoints.source import TYPES, Checkpoint, Shard, Stored
+from tersor.checkpoints.source import NAMES, Checkpoint, Shard, Stored
 from tersor.checkpoints.writing import Slot, head_of, slot_of, usual_order
 from tersor.codec import Header, is_name
 from tersor.codec.header import Formed
@@ -26,7 +26,6 @@ from tersor.errors import FileError, ModelError
 KEY = "safetensors"
 _LONGEST = 240
 """Bytes of a name; most disks take 255, some of which a draft of the file needs."""
-_KINDS = {dtype: kind for kind, dtype in TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def notes_of(checkpoint: Checkpoint, held: Mapping[str, Held]) -> dict[str, Any]
         "odd": {
             name: [item.stored.name, item.stored.kind, list(item.stored.shape)]
             for name, item in held.items()
-            if name != item.stored.name or _KINDS.get(item.tensor().dtype) != item.stored.kind
+            if name != item.stored.name or NAMES.get(item.tensor().dtype) != item.stored.kind
         },
     }
     if checkpoint.index is not None:
@@ -170,7 +169,7 @@ def _slots(header: Header) -> dict[str, Slot]:
     for entry in header.entries:
         tensor = entry.tensor
         dtype = tensor.dtype if isinstance(tensor, Formed) else header.dtype(tensor)
-        kind = _KINDS.get(dtype)
+        kind = NAMES.get(dtype)
         if kind is None:
             raise ModelError(
                 f'"{entry.names[0]}" of shape {tensor.shape} has the type {dtype}, which a '

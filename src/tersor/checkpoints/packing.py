@@ -130,7 +130,7 @@ def pack(
     sources = [checkpoint.path, *(shard.path for shard in checkpoint.shards), base]
     check_apart(out, sources, f"out={out} is what the file is made from")
     held = held_names(checkpoint)
-    told = progress or _Silent()
+    told = progress or Silent()
     steps = {} if base is None or bits is None else _steps(base)
     items, notes = _items(held, bits, out.parent, steps, told)
     errors: dict[str, _Error] = {}
@@ -303,7 +303,7 @@ def _check_bits(bits: float | None) -> None:
         )
 
 
-class _Silent:
+class Silent:
     """Tells nobody."""
 
     def plan(self, units: int) -> None:

@@ -7,6 +7,7 @@ be forgotten again. Every header is checked by the safetensors library itself fi
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ TYPES = {
     "C64": torch.complex64,
 }
 """Types of safetensors that a .tersor file holds as they are."""
+NAMES = {dtype: kind for kind, dtype in TYPES.items()}
 _STAND_INS = {"U16": torch.int16, "U32": torch.int32, "U64": torch.int64}
 _INDEX = "*.safetensors.index.json"
 _LARGEST_INDEX = 2**27
@@ -80,6 +82,13 @@ class Shard:
             return torch.empty(shape, dtype=dtype)
         return torch.from_numpy(raw).view(dtype).reshape(shape)
 
+    def forget(self) -> None:
+        """Lets go of the pages that were read: while mapped they count as the program's memory.
+
+        Tensors stay usable, and are read again.
+        """
+        self._content._mmap.madvise(mmap.MADV_DONTNEED)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -116,7 +125,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path = _in_folder(path)
     if path.suffix == ".json":
         return _indexed(path)
-    shard = _shard(path)
+    shard = open_shard(path)
     if not shard.stored:
         raise ModelError(f"{path} holds no tensors, so there is nothing to pack")
     return Checkpoint(path, [shard])
@@ -144,7 +153,7 @@ def _indexed(path: Path) -> Checkpoint:
         raise ModelError(
             f"{path} is no index of a checkpoint: its weight_map must name files in its folder"
         )
-    shards = [_shard(path.parent / name) for name in sorted(set(names))]
+    shards = [open_shard(path.parent / name) for name in sorted(set(names))]
     where = [(stored.name, shard.path.name) for shard in shards for stored in shard.stored]
     if len(dict(where)) < len(where) or not placed.items() <= dict(where).items():
         raise ModelError(
@@ -166,7 +175,8 @@ def _json_of(path: Path) -> dict[str, Any]:
     return found
 
 
-def _shard(path: Path) -> Shard:
+def open_shard(path: Path) -> Shard:
+    """One safetensors file. Raises ModelError for what is none."""
     try:
         with safe_open(path, framework="numpy"):
             pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tersor.codec.chunks import THREADS, read_leaves
 from tersor.codec.container import canonical, read_text, write
 from tersor.codec.contents import collect, named, rebuild
 from tersor.codec.errors import Unreadable, about
-from tersor.codec.header import Entry, Header, Plain, as_json, typed
+from tersor.codec.header import Entry, Header, Plain, Run, as_json, typed
 from tersor.codec.header_reader import parse
 from tersor.codec.into import check_complete, place
 from tersor.codec.leaves import all_leaves
@@ -84,10 +84,12 @@ def save_tensors(
     items: Mapping[str, Tensor | Form],
     path: str | Path,
     *,
+    recipe: Recipe | Sequence[Mapping[str, Any]] = (),
     provenance: Mapping[str, Any] | None = None,
     profile: str = "small",
     base: Place | None = None,
     check: Callable[[Path], None] | None = None,
+    coded: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes tensors and forms by their names, without a network around them.
 
@@ -95,11 +97,13 @@ def save_tensors(
     parts of files larger than memory. `load(path, into=...)` puts them into a network that has
     tensors of these names.
 
-    provenance, profile, base: as in `save`
+    recipe, provenance, profile, base: as in `save`
     check: is given the finished file before it takes its name, and raises where it must not
+    coded: is given the name of each tensor once its elements, or a part of them, need no longer be
+        at hand
     """
     check_profile(profile)
-    notes = {"provenance": _noted("provenance", provenance)}
+    notes = {"recipe": _steps(recipe), "provenance": _noted("provenance", provenance)}
     entries, tensors = named(items)
 
     def checked(draft: Path) -> None:
@@ -107,7 +111,7 @@ def save_tensors(
         if check is not None:
             check(draft)
 
-    return _written(Path(path), entries, tensors, None, notes, profile, base, checked)
+    return _written(Path(path), entries, tensors, None, notes, profile, base, checked, coded)
 
 
 def _written(
@@ -119,6 +123,7 @@ def _written(
     profile: str,
     base: Place | None,
     check: Callable[[Path], None],
+    coded: Callable[[str], None] | None = None,
 ) -> Path:
     check_apart(path, [base], f"{path} is its own base, without which nobody could read it")
     constants: Mapping[str, Tensor] = {}
@@ -135,11 +140,21 @@ def _written(
         path,
         as_json(entries, plain, shelf.kinds, notes),
         b"" if program is None else program.to_json(),
-        (encoded(run, PROFILES[profile]) for run in shelf.runs),
+        _runs(shelf, profile, coded),
         check,
         features=int(shelf.changed),
     )
     return path
+
+
+def _runs(
+    shelf: Shelf, profile: str, coded: Callable[[str], None] | None
+) -> Iterator[tuple[Run, list[bytes]]]:
+    for run in shelf.runs:
+        yield encoded(run, PROFILES[profile])
+        if coded is not None:
+            for item in run.items:
+                coded(item.leaf.name)
 
 
 def load(

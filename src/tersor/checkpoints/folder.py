@@ -1,0 +1,228 @@
+"""Quantizes a checkpoint folder with calibration data, in less memory than its weights take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tersor.checkpoints.assembling import assemble
+from tersor.checkpoints.blockwise import Blockwise, Done
+from tersor.checkpoints.calls import token_embedding
+from tersor.checkpoints.ends import decoded_rows, write_rounded
+from tersor.checkpoints.job import Job, about, begin, opened
+from tersor.checkpoints.layout import held_names
+from tersor.checkpoints.needs import check_room, needs_of
+from tersor.checkpoints.packing import Progress, Silent
+from tersor.checkpoints.parts import read_part
+from tersor.checkpoints.skeleton import blocks_of, skeleton_of, without_weights
+from tersor.checkpoints.source import open_checkpoint
+from tersor.checkpoints.tokens import check_tokens
+from tersor.checkpoints.weights import Weights
+from tersor.codec import check_apart, check_profile
+from tersor.errors import ModelError, OptionError
+from tersor.forms import Affine
+from tersor.methods.run import check
+from tersor.methods.table import TABLE
+from tersor.recipe import Step, defaults_of
+from tersor.surgery.walk import Site, walk
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize_folder` did.
+
+    weights: that are quantized now; elements: in all tensors
+    needs: what was said before it started
+    blocks: with the seconds that each took, and the relative error of what it gives
+    """
+
+    path: Path
+    bytes_before: int
+    bytes_after: int
+    elements: int
+    weights: int
+    needs: dict[str, Any]
+    blocks: list[Done]
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+def quantize_folder(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    method: str = "quantize.gptq",
+    options: Mapping[str, Any] | None = None,
+    calibration: Tensor | None = None,
+    ends: int | None = 8,
+    work: str | Path | None = None,
+    memory: float | None = None,
+    model: nn.Module | None = None,
+    profile: str = "small",
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantizes the weights of a checkpoint block by block, and writes one .tersor file.
+
+    In memory are one block, what the method needs for its largest weight, and a few millions of
+    elements. Stopped at any moment and called again with the same arguments, it goes on at the
+    block that was not finished, and writes the same bytes. `unpack` writes a checkpoint again,
+    `tersor.load(out, into=network)` puts it into a network.
+
+    folder: a Hugging Face folder of a language model; or with `model` any safetensors checkpoint
+    method, options: a method that quantizes, and its options; `include` and `exclude` choose among
+        all weights of the network
+    calibration: (sequences, length) token ids, see `read_tokens`; None for methods without data
+    ends: bits of the chosen weights outside of the blocks, which are rounded to nearest; None keeps
+        them as they are
+    work: where a run keeps what is finished, `out` with ".work" by default; removed at the end
+    memory: bytes that it may use; refused where they, or those there are, do not suffice
+    model: the network, without weights on the meta device, where the folder does not describe it
+
+    Raises ModelError for a folder that is damaged or whose network has no such blocks, OptionError
+    for options that do not fit, TaskError for other tokens, OutputError where there is no room.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    check_profile(profile)
+    told = progress or Silent()
+    used = _options(method, options)
+    checkpoint = open_checkpoint(folder)
+    check_apart(out, [checkpoint.path, *(s.path for s in checkpoint.shards)], f"{out} is the input")
+    network = skeleton_of(Path(folder)) if model is None else without_weights(model)
+    held = held_names(checkpoint)
+    weights = Weights(network, held)
+    path, blocks = blocks_of(network)
+    chosen, outer = _sites(network, path, len(blocks), used)
+    tokens = None
+    if calibration is not None:
+        table = token_embedding(network)
+        tokens = check_tokens(calibration, len(table.weight) if table is not None else 2**31)
+    job = Job(
+        Path(work) if work is not None else out.with_name(f"{out.name}.work"),
+        *(network, path, list(blocks), weights, method, used, chosen, tokens),
+    )
+    what = about(checkpoint, method, used, ends, tokens)
+    going_on = opened(job.folder, what)
+    needs = needs_of(
+        network,
+        job.blocks,
+        0 if tokens is None else tokens.numel(),
+        bits=float(used.get("bits", 8)),
+        file_bytes=checkpoint.file_bytes,
+    )
+    told.doing(str(needs))
+    done = sum(path.stat().st_size for path in job.folder.iterdir())
+    check_room(needs, job.folder, out, memory, done)
+    if not going_on:
+        told.doing("looking at the weights")
+        for _ in weights.check_finite():
+            pass
+        begin(job.folder, what)
+    told.plan(len(job.blocks))
+    notes = [] if ends is None else _round_ends(job, outer, ends)
+    rounded = [] if ends is None else [site for site in outer if _sliced(site)]
+    finished = Blockwise(job, _table(job, rounded)).run(_teller(told))
+    told.doing("writing the file")
+    recipe = [{"method": method, "options": used}]
+    if rounded:
+        names = [site.name for site in rounded]
+        recipe.append({"method": "quantize.rtn", "options": {"bits": ends, "include": names}})
+    count = assemble(job, checkpoint, held, len(rounded), out, recipe, profile)
+    job.clear()
+    return Quantized(
+        path=out,
+        bytes_before=checkpoint.file_bytes,
+        bytes_after=out.stat().st_size,
+        elements=sum(p.numel() for p in network.parameters()),
+        weights=count,
+        needs=needs.as_json(),
+        blocks=finished,
+        seconds=time.monotonic() - started,
+        notes=notes,
+    )
+
+
+def _options(method: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All options, defaults included."""
+    given = dict(options or {})
+    check([Step(method, given)])
+    if not method.startswith("quantize."):
+        raise OptionError(f"method={method!r} does not quantize; name one of the family quantize")
+    return defaults_of(TABLE[method]) | given
+
+
+def _sites(
+    model: nn.Module, path: str, count: int, options: Mapping[str, Any]
+) -> tuple[list[list[str]], list[Site]]:
+    """Names of the chosen weights of each block, and those outside of all."""
+    chosen: list[list[str]] = [[] for _ in range(count)]
+    outer = []
+    for site in walk(model, options.get("include"), options.get("exclude")):
+        if site.name.startswith(f"{path}."):
+            chosen[int(site.name.removeprefix(f"{path}.").partition(".")[0])].append(site.name)
+        else:
+            outer.append(site)
+    _check_apart(model.get_submodule(path))
+    if not any(chosen):
+        raise OptionError(
+            f"include={options.get('include')!r} and exclude={options.get('exclude')!r} leave no "
+            f"weight of the blocks {path}; exclude less"
+        )
+    return chosen, outer
+
+
+def _check_apart(blocks: nn.Module) -> None:
+    """Raises ModelError where two blocks share a weight."""
+    owner: dict[int, int] = {}
+    for at, block in enumerate(blocks.children()):
+        for name, parameter in block.named_parameters():
+            if owner.setdefault(id(parameter), at) != at:
+                raise ModelError(
+                    f'blocks {owner[id(parameter)]} and {at} share their "{name}", so they cannot '
+                    "be quantized one by one; load the network whole and use tersor.run"
+                )
+
+
+def _sliced(site: Site) -> bool:
+    return site.axis == 0 and site.weight.dim() == 2
+
+
+def _round_ends(job: Job, outer: list[Site], bits: int) -> list[str]:
+    """Writes the parts of weights outside of the blocks; says which are kept."""
+    sliced = [site for site in outer if _sliced(site)]
+    for at, site in enumerate(sliced):
+        if not job.end(at).exists():
+            group = job.options.get("group_size")
+            weight = job.weights.tensor(site.name)
+            write_rounded(job.end(at), site.name, weight, bits=bits, group_size=group)
+            job.weights.forget()
+    return [f'"{site.name}" is kept as it is' for site in outer if not _sliced(site)]
+
+
+def _table(job: Job, rounded: list[Site]) -> Callable[[Tensor], Tensor] | None:
+    """Rows of the token embedding where it was rounded."""
+    embedding = token_embedding(job.model)
+    for at, site in enumerate(rounded):
+        if embedding is not None and any(layer is embedding for layer, _ in site.uses):
+            form = cast("Affine", read_part(job.end(at)).items[site.name])
+            return lambda rows: decoded_rows(form, rows)
+    return None
+
+
+def _teller(told: Progress) -> Callable[[Done, int], None]:
+    def after(done: Done, left: int) -> None:
+        told.advance()
+        minutes = done.seconds * left / 60
+        error = "" if done.error is None else f", relative error {done.error:.3g}"
+        told.doing(f"{done.path}: {done.seconds:.1f} s{error}; about {minutes:.0f} min left")
+
+    return after

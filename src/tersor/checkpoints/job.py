@@ -1,0 +1,117 @@
+"""The folder of a run of `quantize_folder`: what it is about, and what is finished of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tersor.checkpoints.source import Checkpoint
+from tersor.checkpoints.weights import Weights
+from tersor.errors import OptionError, OutputError
+from tersor.files import drafts, write_text
+from tersor.version import VERSION
+
+_NOTE = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    model: the skeleton; path: of its blocks
+    chosen: names of the weights to quantize, of each block
+    tokens: (sequences, length), None without calibration data
+    """
+
+    folder: Path
+    model: nn.Module
+    path: str
+    blocks: Sequence[nn.Module]
+    weights: Weights
+    method: str
+    options: dict[str, Any]
+    chosen: Sequence[list[str]]
+    tokens: Tensor | None
+
+    def block_path(self, at: int) -> str:
+        """ "model.layers.3" """
+        return f"{self.path}.{at}"
+
+    def part(self, at: int) -> Path:
+        """The forms of a block."""
+        return self.folder / f"block-{at:05}.safetensors"
+
+    def states(self, at: int) -> Path:
+        """What a block is given."""
+        return self.folder / f"states-{at:05}.safetensors"
+
+    def end(self, at: int) -> Path:
+        """The form of a weight that lies outside of the blocks."""
+        return self.folder / f"end-{at:05}.safetensors"
+
+    def clear(self) -> None:
+        """Removes what the run has written, and the folder if nothing else is in it."""
+        for pattern in ("block-*", "states-*", "end-*"):
+            for path in self.folder.glob(f"{pattern}.safetensors"):
+                path.unlink()
+        (self.folder / _NOTE).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def about(
+    checkpoint: Checkpoint, method: str, options: dict[str, Any], ends: int | None, tokens: Any
+) -> dict[str, Any]:
+    """What a run depends on, as plain values."""
+    files = [
+        [shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns]
+        for shard in checkpoint.shards
+    ]
+    heads = hashlib.sha256(b"".join(shard.head for shard in checkpoint.shards)).hexdigest()
+    data = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return {
+        "tersor": VERSION,
+        "method": method,
+        "options": options,
+        "ends": ends,
+        "calibration": [data, None if tokens is None else list(tokens.shape)],
+        "files": files,
+        "headers": heads,
+    }
+
+
+def opened(folder: Path, what: dict[str, Any]) -> bool:
+    """Makes a work folder, or goes on in one; whether it is one in which `what` was begun.
+
+    Raises OptionError where it belongs to another run.
+    """
+    note = folder / _NOTE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"the work folder {folder} cannot be used: {error}; name another"
+        ) from None
+    for draft in drafts(folder):
+        draft.unlink()
+    if found is None and any(folder.glob("block-*.safetensors")):
+        raise OptionError(f"work={folder} holds parts of an unknown run; name another folder")
+    if found is not None and found != json.loads(json.dumps(what)):
+        other = sorted(k for k in what if not isinstance(found, dict) or found.get(k) != what[k])
+        raise OptionError(
+            f"work={folder} belongs to another run, with other {' and '.join(other)}; name another "
+            "folder, or remove that one to start again"
+        )
+    return found is not None
+
+
+def begin(folder: Path, what: dict[str, Any]) -> None:
+    """Notes what a work folder is about."""
+    write_text(folder / _NOTE, json.dumps(what, indent=1) + "\n")
