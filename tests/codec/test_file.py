@@ -53,6 +53,8 @@ FORMS = {
     "codebook": lambda w: Codebook.encode(w, torch.linspace(-1, 1, 11)),
     "dense": lambda w: Dense.encode(w, dtype=torch.bfloat16),
     "dense e4m3": lambda w: Dense.encode(w, dtype=torch.float8_e4m3fn),
+    "dense scales": lambda w: Dense.encode_scaled(w, dtype=torch.float8_e5m2),
+    "dense scale": lambda w: Dense.encode_scaled(w, dtype=torch.float8_e4m3fn, axis=None),
     "bitmask": lambda w: Bitmask.encode(sparse(w)),
     "nofm": lambda w: NofM.encode(sparse(w), n=2, m=4),
     "bitmask of codes": lambda w: nested(Affine.encode(sparse(w), bits=4), Bitmask.encode),

@@ -265,6 +265,19 @@ def test_narrow_floats_stay_narrow(dtype, kind, width):
     assert writer.stored == {"w.stored": (kind, 240 * width)}
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((6, 40), 0), ((40, 6), 1), ((5, 3, 3), None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_narrow_floats_are_multiplied_in(shape, axis, dtype):
+    weight = weight_of(shape).to(dtype)
+    form = Dense.encode_scaled(weight, dtype=torch.float8_e4m3fn, axis=axis)
+    writer = Writer("w", 21)
+    value = writer.cast(lower(form, writer), torch.float32)
+    assert torch.equal(run(value, writer), form.dense().float())
+    scales = 1 if axis is None else shape[axis]
+    wanted = {"w.stored": ("FLOAT8E4M3FN", weight.numel()), "w.scale": ("BFLOAT16", 2 * scales)}
+    assert writer.stored == wanted
+
+
 def test_a_mask_over_codes_nests():
     weight = torch.where(weight_of((6, 40)) > 0.5, weight_of((6, 40)), 0)
     form = Bitmask.encode(weight)

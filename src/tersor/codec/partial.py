@@ -24,7 +24,7 @@ _BY_ROW = {
     "block_float": ("codes", "scale"),
     "trellis": ("codes", "step"),
     "codebook": ("codes",),
-    "dense": ("stored",),
+    "dense": ("stored", "scale"),
 }
 """Parts of forms that have something for each output channel."""
 

@@ -42,7 +42,14 @@ def part(form: Form, name: str, writer: Writer, role: str, bits: int | None = No
 
 
 def _dense(form: Dense, writer: Writer, role: str, bits: int | None) -> Any:
-    return writer.cast(part(form, "stored", writer, role), form.dtype)
+    stored = part(form, "stored", writer, role)
+    if form.scale is not None:
+        along = [form.scale.numel() if dim == form.axis else 1 for dim in range(len(form.shape))]
+        scale = writer.store(f"{role}scale", form.scale.detach().reshape(along))
+        stored = writer.op(
+            "Mul", writer.cast(stored, torch.float32), writer.cast(scale, torch.float32)
+        )
+    return writer.cast(stored, form.dtype)
 
 
 def _codebook(form: Codebook, writer: Writer, role: str, bits: int | None) -> Any:
