@@ -8,7 +8,10 @@ from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.cast import cast
 from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.fp4 import fp4
+from tersor.methods.quantize.gptq import gptq
+from tersor.methods.quantize.qronos import qronos
 from tersor.methods.quantize.rtn import rtn
+from tersor.methods.quantize.trellis import trellis
 from tersor.methods.recover.batchnorm import batchnorm
 from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
@@ -17,8 +20,11 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "prune.magnitude": magnitude,
     "quantize.cast": cast,
     "quantize.rtn": rtn,
+    "quantize.gptq": gptq,
+    "quantize.qronos": qronos,
     "quantize.fp4": fp4,
     "quantize.entropy": entropy,
+    "quantize.trellis": trellis,
     "share.kmeans": kmeans,
     "recover.batchnorm": batchnorm,
     "recover.scales": scales,

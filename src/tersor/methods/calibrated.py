@@ -1,0 +1,114 @@
+"""Affine codes chosen with calibration data, layer after layer: what GPTQ and Qronos share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import OptionError, TaskError
+from tersor.forms import Affine
+from tersor.methods.columns import Levels, Problem, descend, feed_forward, refit
+from tersor.methods.layerwise import Layer, layerwise
+from tersor.methods.ranges import levels_of
+from tersor.methods.sparse import keep_zeros
+from tersor.surgery.walk import Patterns, check_finite, walk
+from tersor.task import Task
+
+_ROUNDS, _SWEEPS = 2, 2
+"""Rounds of fitting scales and going over the codes, and sweeps over them in each."""
+
+
+def affine_layers(
+    name: str,
+    model: nn.Module,
+    task: Task | None,
+    *,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    samples: int,
+    sites: tuple[Patterns, Patterns],
+    original: bool,
+) -> nn.Module:
+    """Holds each chosen weight as an Affine form. name: of the method; sites: include, exclude"""
+    if task is None:
+        raise TaskError(f"{name} needs inputs to run the network on; pass a task")
+    check_finite(model)
+    chosen = walk(model, *sites)
+    for site in chosen:
+        if site.form is not None and not symmetric:
+            raise OptionError(
+                f"symmetric=False cannot keep the zeros of the pruned layer {site.name!r} of shape "
+                f"{tuple(site.weight.shape)}; use symmetric=True"
+            )
+    sparse = {site.name: site.form for site in chosen}
+
+    def quantize(layer: Layer) -> Affine:
+        form = affine(layer, bits=bits, group_size=group_size, symmetric=symmetric)
+        before = sparse[layer.site.name]
+        if before is not None:
+            keep_zeros(form, before)  # type: ignore[arg-type]
+        return form
+
+    layerwise(model, task, chosen, quantize, samples=samples, original=original)
+    return model
+
+
+def affine(layer: Layer, *, bits: int, group_size: int | None, symmetric: bool) -> Affine:
+    """The codes of one weight."""
+    codes, levels = [], []
+    for part in problems(layer):
+        found = levels_of(
+            part.target,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            weights=part.moments.diagonal(),
+        )
+        each, found = best_codes(part, found)
+        codes.append(each)
+        levels.append(found)
+    weight = layer.site.weight
+    zero = torch.cat([each.zero for each in levels])
+    return Affine(
+        torch.cat(codes).to(torch.int8),
+        torch.cat([each.scale for each in levels]).to(torch.bfloat16),
+        None if symmetric else zero.to(torch.int8),
+        bits=bits,
+        group_size=group_size,
+        axis=layer.site.axis,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+    )
+
+
+def problems(layer: Layer) -> list[Problem]:
+    """What each group of a weight's outputs should become: one, but for grouped convolutions."""
+    if layer.moments is None:
+        eye = torch.eye(layer.matrix.shape[1], device=layer.matrix.device)
+        return [Problem(layer.matrix, eye, layer.zeros)]
+    own, cross = layer.moments.own, layer.moments.cross
+    parts = layer.matrix.chunk(len(own))
+    zeros = [None] * len(own) if layer.zeros is None else layer.zeros.chunk(len(own))
+    return [
+        Problem.of(part, own[at], None if cross is None else cross[at], zeros[at])
+        for at, part in enumerate(parts)
+    ]
+
+
+def best_codes(problem: Problem, levels: Levels) -> tuple[Tensor, Levels]:
+    """Codes (outputs, inputs), and the levels with scales as they are stored."""
+    codes = feed_forward(problem, levels)
+    for _ in range(_ROUNDS):
+        fitted = refit(problem, levels, codes)
+        fitted = Levels(
+            fitted.scale.to(torch.bfloat16).to(fitted.scale.dtype),
+            *(fitted.zero, fitted.low, fitted.high, fitted.group_size),
+        )
+        worse = problem.error(fitted.dense(codes)) > problem.error(levels.dense(codes))
+        levels = Levels(
+            torch.where(worse[:, None], levels.scale, fitted.scale),
+            *(levels.zero, levels.low, levels.high, levels.group_size),
+        )
+        codes = descend(problem, levels, codes, _SWEEPS)
+    return codes, levels
