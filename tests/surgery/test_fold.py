@@ -67,7 +67,7 @@ def test_outputs_stay_within_rounding(name):
         after = model(x)
     assert done.pairs == (("0", "1"),)
     assert done.skipped == {}
-    assert type(model[1]) is nn.Identity
+    assert isinstance(model[1], nn.Identity)
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from tersor.codec.contents import stored
+from tersor.codec.extras import Extras, taken_out
 from tersor.codec.header import Entry
 from tersor.errors import FileError, ModelError
 from tersor.forms import Form
@@ -18,7 +19,7 @@ Item = tuple[Entry, Tensor | Form]
 
 
 def place(model: nn.Module, items: Iterable[Item]) -> None:
-    """Holds each form, and sets each tensor, under all its names in `model`.
+    """Holds each form, and sets each tensor, under all its names in `model`; puts grids in.
 
     Raises FileError, before changing anything, unless names and shapes are the same.
     """
@@ -26,8 +27,9 @@ def place(model: nn.Module, items: Iterable[Item]) -> None:
         raise ModelError(
             f"into={model!r:.60} is not a torch.nn.Module; build the network first, into=Net()"
         )
-    items = _under_all_names(model, list(items))
-    _check(model, {name: item for entry, item in items for name in entry.names})
+    extras, items = taken_out(_under_all_names(model, list(items)))
+    _check(model, {name: item for entry, item in items for name in entry.names}, extras)
+    extras.put_into(model)
     # All of them first: a layer that holds a form already is of a class that cannot be baked.
     for entry, _ in items:
         for name in entry.names:
@@ -85,10 +87,11 @@ def _set(layer: nn.Module, leaf: str, value: Tensor, shared: nn.Parameter | None
     return shared
 
 
-def _check(model: nn.Module, named: dict[str, Tensor | Form]) -> None:
-    shapes = _shapes(model, named.keys())
+def _check(model: nn.Module, named: dict[str, Tensor | Form], extras: Extras) -> None:
+    shapes = extras.adapted(_shapes(model, named.keys()), model, named)
     name = type(model).__name__
     missing, unknown = shapes.keys() - named.keys(), named.keys() - shapes.keys()
+    unknown |= extras.lacking(model)
     if missing or unknown:
         sentences = [
             f"the file lacks {_some(missing)}, which {name} has" if missing else "",

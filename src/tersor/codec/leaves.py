@@ -81,7 +81,10 @@ def _zero_group(form: Formed) -> int:
     """Columns that share one of the zero points of an affine form; 0 where it has none."""
     parts = dict(form.parts)
     codes, zero, size = parts.get("codes"), parts.get("zero"), form.config.get("group_size")
-    if list(parts) != ["codes", "scale", "zero"] or not isinstance(parts["scale"], Plain):
+    # Only whole numbers are taken off.
+    if "zero_bits" in form.config or list(parts) != ["codes", "scale", "zero"]:
+        return 0
+    if not isinstance(parts["scale"], Plain):
         return 0
     if not isinstance(codes, Plain) or not isinstance(zero, Plain) or len(codes.shape) != 2:
         return 0

@@ -47,16 +47,30 @@ class Folded:
     skipped: dict[str, str]
 
 
+class FoldedNorm(nn.Identity):
+    """What stands where a batch norm was folded.
+
+    folded: () values, an empty buffer: by its name a file says that nothing is missing here
+    """
+
+    kind = "folded norm"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("folded", torch.empty(0))
+
+
 class _UnprovenError(Exception):
     """Why a batch norm stays."""
 
 
-def fold(model: nn.Module, inputs: Inputs) -> Folded:
+def fold(model: nn.Module, inputs: Inputs, only: Collection[nn.Module] | None = None) -> Folded:
     """Folds batch norms into the linear and convolution layers before them, in place.
 
     inputs: one batch to trace the network with
+    only: layers that may take one in, None for all
 
-    A folded batch norm becomes an `nn.Identity`, and the network one for evaluation: training goes
+    A folded batch norm becomes an identity, and the network one for evaluation: training goes
     another way without its batch norms. Raises ModelError for a network that cannot be traced.
     """
     norms = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
@@ -67,12 +81,14 @@ def fold(model: nn.Module, inputs: Inputs) -> Folded:
         assert program is not None
         try:
             layer_path = _layer_before(model, path, program)
+            if only is not None and model.get_submodule(layer_path) not in only:
+                raise _UnprovenError(f"{layer_path} is to stay as it is")
         except _UnprovenError as reason:
             skipped[path] = str(reason)
             continue
         _absorb(model.get_submodule(layer_path), norm)
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.Identity())
+        setattr(model.get_submodule(parent), name, FoldedNorm())
         pairs.append((layer_path, path))
     return Folded(tuple(pairs), skipped)
 
