@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,9 @@ from tersor.methods.ranges import levels_of
 from tersor.methods.sparse import keep_zeros
 from tersor.surgery.walk import Patterns, check_finite, walk
 from tersor.task import Task
+
+Coding = Callable[[Problem, Levels], tuple[Tensor, Levels]]
+"""Chooses codes (outputs, inputs), and the levels that they then stand for."""
 
 _ROUNDS, _SWEEPS = 2, 2
 """Rounds of fitting scales and going over the codes, and sweeps over them in each."""
@@ -29,8 +34,14 @@ def affine_layers(
     samples: int,
     sites: tuple[Patterns, Patterns],
     original: bool,
+    codes: Coding | None = None,
 ) -> nn.Module:
-    """Holds each chosen weight as an Affine form. name: of the method; sites: include, exclude"""
+    """Holds each chosen weight as an Affine form.
+
+    name: of the method; sites: include, exclude
+    original: whether the outputs of the original are the target
+    codes: what chooses them, None for `best_codes`
+    """
     if task is None:
         raise TaskError(f"{name} needs inputs to run the network on; pass a task")
     check_finite(model)
@@ -44,7 +55,9 @@ def affine_layers(
     sparse = {site.name: site.form for site in chosen}
 
     def quantize(layer: Layer) -> Affine:
-        form = affine(layer, bits=bits, group_size=group_size, symmetric=symmetric)
+        form = affine(
+            layer, bits=bits, group_size=group_size, symmetric=symmetric, choose=codes or best_codes
+        )
         before = sparse[layer.site.name]
         if before is not None:
             keep_zeros(form, before)  # type: ignore[arg-type]
@@ -54,7 +67,9 @@ def affine_layers(
     return model
 
 
-def affine(layer: Layer, *, bits: int, group_size: int | None, symmetric: bool) -> Affine:
+def affine(
+    layer: Layer, *, bits: int, group_size: int | None, symmetric: bool, choose: Coding
+) -> Affine:
     """The codes of one weight."""
     codes, levels = [], []
     for part in problems(layer):
@@ -65,7 +80,7 @@ def affine(layer: Layer, *, bits: int, group_size: int | None, symmetric: bool) 
             symmetric=symmetric,
             weights=part.moments.diagonal(),
         )
-        each, found = best_codes(part, found)
+        each, found = choose(part, found)
         codes.append(each)
         levels.append(found)
     weight = layer.site.weight

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from torch import nn
 
 from tersor.methods.prune.magnitude import magnitude
+from tersor.methods.quantize.adaround import adaround
 from tersor.methods.quantize.cast import cast
 from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.fp4 import fp4
 from tersor.methods.quantize.gptq import gptq
+from tersor.methods.quantize.lsq import lsq
 from tersor.methods.quantize.qronos import qronos
 from tersor.methods.quantize.rtn import rtn
 from tersor.methods.quantize.trellis import trellis
@@ -22,10 +24,12 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "quantize.rtn": rtn,
     "quantize.gptq": gptq,
     "quantize.qronos": qronos,
+    "quantize.adaround": adaround,
     "quantize.fp4": fp4,
     "quantize.entropy": entropy,
     "quantize.trellis": trellis,
     "share.kmeans": kmeans,
+    "quantize.lsq": lsq,
     "recover.batchnorm": batchnorm,
     "recover.scales": scales,
 }
