@@ -1,4 +1,4 @@
-"""What techniques change about a network beside its tensors: grids on layers, batch norms folded.
+"""What techniques change about a network beside its tensors: grids, scalings, folded batch norms.
 
 A file says so by the type of the module that owns a tensor: "grid u8", "folded norm". A network
 rebuilt from its graph has both in the graph; a user's own module gets them put in.
@@ -17,9 +17,10 @@ from tersor.codec.header import Entry
 from tersor.errors import OptionError
 from tersor.forms import Form
 from tersor.forms.grid import Rounding, grid_from, is_grid
+from tersor.forms.scaling import Scaling
 from tersor.program.program import split_name
 from tersor.surgery.fold import FoldedNorm
-from tersor.surgery.grids import Where, place_of, put
+from tersor.surgery.grids import SCALING, Where, place_of, put, put_scaling
 
 Item = tuple[Entry, Tensor | Form]
 Place = tuple[str, Where]
@@ -27,16 +28,23 @@ Place = tuple[str, Where]
 
 @dataclass(frozen=True)
 class Extras:
-    """grids: by layer and side, a shared one in each of its places. folded: paths of norms."""
+    """What a file has.
+
+    grids: by layer and side, a shared one in each of its places
+    scalings: by layer
+    folded: paths of norms
+    """
 
     grids: dict[Place, Rounding]
+    scalings: dict[str, Scaling]
     folded: frozenset[str]
 
     def lacking(self, model: nn.Module) -> set[str]:
         """The paths of layers that `model` must have, and has not."""
         layers = dict(model.named_modules(remove_duplicate=False))
         norms = _BatchNorm | FoldedNorm
-        return {owner for owner, _ in self.grids if owner not in layers} | {
+        owners = {owner for owner, _ in self.grids} | self.scalings.keys()
+        return (owners - layers.keys()) | {
             path for path in self.folded if not isinstance(layers.get(path), norms)
         }
 
@@ -52,6 +60,7 @@ class Extras:
             for name, shape in shapes.items()
             if split_name(name)[0] not in self.folded
             and place_of(split_name(name)[0]) not in self.grids
+            and _scaled(split_name(name)[0]) not in self.scalings
         }
         for name in wanted if self.folded else ():
             path, leaf = split_name(name)
@@ -62,10 +71,12 @@ class Extras:
         return found
 
     def put_into(self, model: nn.Module) -> None:
-        """Folds the norms away and puts the grids."""
+        """Folds the norms away and puts the grids and scalings."""
         for path in self.folded:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, FoldedNorm())
+        for path, scaling in self.scalings.items():
+            put_scaling(model.get_submodule(path), scaling)
         # Inputs before outputs, as techniques do it: the order of children is that of a file.
         for (owner, where), grid in sorted(self.grids.items(), key=lambda item: item[0][1]):
             put(model.get_submodule(owner), where, grid)
@@ -74,6 +85,7 @@ class Extras:
 def taken_out(items: Iterable[Item]) -> tuple[Extras, list[Item]]:
     """The extras of a file, and the items that are tensors of layers. Raises Unreadable."""
     grids: list[Item] = []
+    scalings: dict[str, Scaling] = {}
     folded: set[str] = set()
     rest: list[Item] = []
     for entry, item in items:
@@ -83,9 +95,33 @@ def taken_out(items: Iterable[Item]) -> tuple[Extras, list[Item]]:
             if not isinstance(item, Tensor) or item.shape != (0,):
                 raise Unreadable(f'the folded norm "{entry.names[0]}" has values')
             folded |= {split_name(name)[0] for name in entry.names}
+        elif entry.layer == Scaling.kind:
+            scalings |= dict.fromkeys(_scaled_by(entry), _scaling(entry, item))
         else:
             rest.append((entry, item))
-    return Extras(_grids(grids), frozenset(folded)), rest
+    return Extras(_grids(grids), scalings, frozenset(folded)), rest
+
+
+def _scaled(path: str) -> str | None:
+    """ "fc1.input_scaling" -> "fc1"; None for any other path."""
+    owner, _, child = path.rpartition(".")
+    return owner if child == SCALING else None
+
+
+def _scaled_by(entry: Entry) -> list[str]:
+    """The layers that a scaling belongs to, which may share it. Raises Unreadable."""
+    places = [split_name(name) for name in entry.names]
+    owners = [_scaled(path) for path, leaf in places if leaf == "factor"]
+    found = [owner for owner in owners if owner is not None]
+    if len(found) < len(places):
+        raise Unreadable(f'the scaling "{entry.names[0]}" belongs to no layer')
+    return found
+
+
+def _scaling(entry: Entry, item: Tensor | Form) -> Scaling:
+    if not isinstance(item, Tensor) or item.dim() != 1 or not item.is_floating_point():
+        raise Unreadable(f'the scaling "{entry.names[0]}" is no vector of numbers')
+    return Scaling(item)
 
 
 def _grids(items: Iterable[Item]) -> dict[Place, Rounding]:

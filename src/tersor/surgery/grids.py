@@ -3,7 +3,8 @@
 The grid is a child of the layer, `input_grid` or `output_grid`, so that it moves, copies, pickles
 and is saved with it; a hook that torch keeps with the layer lets values pass through it. Hooks
 leave the layer's class to `hold`, and make torch's fused encoder layers, which read weights past
-their layers, take the way on which grids are seen. `layer.forward(x)` passes by them.
+their layers, take the way on which grids are seen. `layer.forward(x)` passes by them. A child
+`input_scaling` multiplies the input before it is rounded.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 
 from tersor.errors import OptionError
 from tersor.forms.grid import Rounding
+from tersor.forms.scaling import Scaling
 
 Where = Literal["input", "output"]
+
+SCALING = "input_scaling"
 
 _KEY = "tersor_grid"
 """Of the hook: torch numbers its own anew in each process, and would take the number of ours."""
@@ -27,16 +31,15 @@ def put(layer: nn.Module, where: Where, grid: Rounding) -> nn.Module:
 
     One grid may sit in several places.
     """
-    if isinstance(layer, Rounding):
+    if isinstance(layer, Rounding | Scaling):
         raise OptionError("a grid cannot sit on a grid; put it on the layer")
-    child = _child(where)
-    layer._modules.pop(child, None)
-    layer.add_module(child, grid)
-    if where == "input":
-        layer._forward_pre_hooks[_KEY] = _round_input  # type: ignore[index]
-        layer._forward_pre_hooks_with_kwargs[_KEY] = True  # type: ignore[index]
-    else:
-        layer._forward_hooks[_KEY] = _round_output  # type: ignore[index]
+    _add(layer, _child(where), grid)
+    return layer
+
+
+def put_scaling(layer: nn.Module, scaling: Scaling) -> nn.Module:
+    """Multiplies what enters `layer` by `scaling`, in place; another one there is replaced."""
+    _add(layer, SCALING, scaling)
     return layer
 
 
@@ -45,12 +48,6 @@ def remove(layer: nn.Module, where: Where) -> Rounding | None:
     grid = grid_of(layer, where)
     if grid is not None:
         del layer._modules[_child(where)]
-        for hooks in (
-            (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs)
-            if where == "input"
-            else (layer._forward_hooks,)
-        ):
-            hooks.pop(_KEY, None)  # type: ignore[call-overload]
     return grid
 
 
@@ -58,6 +55,12 @@ def grid_of(layer: nn.Module, where: Where) -> Rounding | None:
     """The grid that sits there, or None."""
     grid = layer._modules.get(_child(where))
     return grid if isinstance(grid, Rounding) else None
+
+
+def scaling_of(layer: nn.Module) -> Scaling | None:
+    """What its input is multiplied by, or None."""
+    scaling = layer._modules.get(SCALING)
+    return scaling if isinstance(scaling, Scaling) else None
 
 
 def grids(model: nn.Module) -> Iterator[tuple[str, Where, nn.Module, Rounding]]:
@@ -84,18 +87,29 @@ def _child(where: Where) -> str:
     return f"{where}_grid"
 
 
-def _round_input(
+def _add(layer: nn.Module, child: str, module: nn.Module) -> None:
+    layer._modules.pop(child, None)
+    layer.add_module(child, module)
+    if child == "output_grid":
+        layer._forward_hooks[_KEY] = _leave  # type: ignore[index]
+    else:
+        layer._forward_pre_hooks[_KEY] = _enter  # type: ignore[index]
+        layer._forward_pre_hooks_with_kwargs[_KEY] = True  # type: ignore[index]
+
+
+def _enter(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    grid = layer._modules["input_grid"]
-    assert grid is not None
-    if args:
-        return (grid(args[0]), *args[1:]), kwargs
-    first = next(iter(kwargs))
-    return args, kwargs | {first: grid(kwargs[first])}
+    for child in (SCALING, "input_grid"):
+        module = layer._modules.get(child)
+        if module is not None and args:
+            args = (module(args[0]), *args[1:])
+        elif module is not None:
+            first = next(iter(kwargs))
+            kwargs = kwargs | {first: module(kwargs[first])}
+    return args, kwargs
 
 
-def _round_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
-    grid = layer._modules["output_grid"]
-    assert grid is not None
-    return grid(output)
+def _leave(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+    grid = layer._modules.get("output_grid")
+    return output if grid is None else grid(output)
