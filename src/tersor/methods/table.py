@@ -28,8 +28,8 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "quantize.fp4": fp4,
     "quantize.entropy": entropy,
     "quantize.trellis": trellis,
-    "share.kmeans": kmeans,
     "quantize.lsq": lsq,
+    "share.kmeans": kmeans,
     "recover.batchnorm": batchnorm,
     "recover.scales": scales,
 }

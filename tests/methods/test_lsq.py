@@ -1,0 +1,130 @@
+"""LSQ: what was trained is what is deployed, to the last bit, and it says on what it trained."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.errors import ModelError, OptionError, TaskError
+from tersor.forms import Affine
+from tersor.forms.grid import Grid
+from tersor.measure import divergence_of, reference_outputs
+from tersor.methods import run
+from tersor.methods.quantize.lsq import lsq
+from tersor.surgery import walk
+from tersor.surgery.grids import grid_of, grids
+from tersor.task import Task, classification
+
+
+def images(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise over one of four patterns."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 4
+    patterns = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(99))
+    return patterns[labels] + torch.randn(n, 1, 8, 8, generator=generator), labels
+
+
+def task(*, labels: bool = True) -> Task:
+    train = images(256, 1)
+    data = {"train": train} if labels else {"calibration": train[0]}
+    return classification(**data, holdout=images(64, 2)[0], test=images(256, 3), batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    """A convolution net that knows the patterns."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 16),
+        nn.ReLU(),
+        nn.Linear(16, 4),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(6):
+        for inputs, labels in task().train(torch.Generator().manual_seed(0)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_freezing_changes_no_answer(net, labels):
+    data = task(labels=labels)
+    done = run(net, [{"method": "quantize.lsq", "options": {"epochs": 2}}], data)
+    outcome = done.recipe.steps[-1].outcome
+    assert outcome["trained_on"] == ("labels" if labels else "answers of the original")
+    assert outcome["steps"] == 16
+    # The divergence that the best state had while it was trained is that of the frozen network.
+    wanted = reference_outputs(net, data, data.holdout())
+    after = divergence_of(done, data, data.holdout(), wanted)
+    assert after - outcome["divergence_after"] == 0.0
+    assert after < 0.5 * outcome["divergence_before"]
+    assert all(isinstance(site.form, Affine) for site in walk(done))
+    assert {type(grid) for _, _, _, grid in grids(done)} == {Grid}
+
+
+def test_two_bits_keep_the_accuracy_of_the_network(net):
+    data = task()
+    done = lsq(copy.deepcopy(net), data, epochs=8)
+    before, after = (data.evaluate(model)["accuracy"] for model in (net, done))
+    assert before > 90
+    assert after > before - 4
+
+
+def test_bits_are_those_asked_for_and_others_at_both_ends(net):
+    options = {"bits": 3, "activation_bits": 4, "ends": 7, "epochs": 1}
+    done = lsq(copy.deepcopy(net), task(), **options)
+    assert [site.form.bits for site in walk(done)] == [7, 3, 3, 7]
+    layers = [done[0], done[3], done[7], done[9]]
+    assert [grid_of(layer, "input").bits for layer in layers] == [7, 4, 4, 7]
+    # Images have both signs; what a ReLU lets through has one.
+    assert [grid_of(layer, "input").signed for layer in layers] == [True, False, False, False]
+
+
+def test_weights_alone_and_only_some(net):
+    done = lsq(copy.deepcopy(net), task(), activation_bits=None, epochs=1, exclude=["0", "Linear"])
+    assert not list(grids(done))
+    assert [site.form is not None for site in walk(done)] == [False, True, False, False]
+    for name in ("0.weight", "0.bias", "7.weight", "7.bias", "9.weight"):
+        assert torch.equal(done.get_parameter(name), net.get_parameter(name))
+
+
+def test_the_network_is_left_as_it_was_but_for_its_values(net):
+    model = copy.deepcopy(net)
+    model[1].train()
+    model[0].bias.requires_grad_(False)
+    done = lsq(model, task(), epochs=1)
+    assert [m.training for m in done] == [False, True, *[False] * 8]
+    assert not done[0].bias.requires_grad
+    assert done[1].weight.requires_grad
+    assert all(p.grad is None for p in done.parameters())
+
+
+def test_training_that_fails_says_so(net):
+    data = task()
+    x, y = images(256, 1)
+    broken = classification(train=(x, y), holdout=data.holdout()[0], batch_size=64)
+    model = copy.deepcopy(net)
+    broken.loss = lambda outputs, targets: outputs.sum() * float("nan")
+    with pytest.raises(ModelError, match=r"step 1 of 4: the loss is nan"):
+        lsq(model, broken, epochs=1)
+
+
+def test_what_cannot_be_trained_is_refused(net):
+    with pytest.raises(TaskError, match=r"quantize\.lsq trains the network and needs data"):
+        lsq(copy.deepcopy(net))
+    with pytest.raises(TaskError, match="the task has none"):
+        lsq(copy.deepcopy(net), classification(calibration=images(1, 1)[0]))
+    held = run(net, [{"method": "quantize.rtn", "options": {}}])
+    with pytest.raises(OptionError, match=r'"0\.weight" of shape .* is held as affine already'):
+        lsq(held, task())
+    assert all(site.form is None for site in walk(net))
