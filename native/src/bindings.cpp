@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
 
+#include "bitshift.hpp"
 #include "floats.hpp"
 #include "huffman.hpp"
 #include "search.hpp"
@@ -158,6 +159,27 @@ void search(const Table<float>& levels, const Table<float>& feedback, const Flat
   search_rows(task, codes.data(), costs.data(), threads);
 }
 
+void search_rings(const Table<float>& values, const Table<float>& weights, const Flat<float>& table,
+                  int bits, int state_bits, size_t reach, const Output<uint8_t>& codes,
+                  size_t threads) {
+  size_t rings = values.shape(0), length = values.shape(1);
+  if (bits < 1 || bits > kMostBits || state_bits < kLeastStateBits ||
+      state_bits > kMostStateBits) {
+    throw std::invalid_argument("no such trellis");
+  }
+  if (weights.shape(0) != rings || weights.shape(1) != length ||
+      table.size() != size_t{1} << state_bits || codes.size() != rings * length) {
+    throw std::invalid_argument("sizes differ");
+  }
+  if (reach > length / 2 || length * static_cast<size_t>(bits) < static_cast<size_t>(state_bits)) {
+    throw std::invalid_argument("a ring is too short");
+  }
+  Bitshift task{rings, length, values.data(), weights.data(), table.data(), bits, state_bits,
+                reach};
+  nb::gil_scoped_release free;
+  bitshift_search(task, codes.data(), threads);
+}
+
 template <class Float>
 void decode_floats(const Flat<uint8_t>& data, const Shapes& shapes, const Flat<uint8_t>& rest,
                    int center, const Output<typename Float::Bits>& out) {
@@ -194,6 +216,8 @@ NB_MODULE(_native, module) {
              "row_weights"_a, "classes"_a, "bits"_a,
              "zeros"_a, "trellis"_a, "rate"_a, "codes"_a.noconvert(), "costs"_a.noconvert(),
              "threads"_a);
+  module.def("bitshift_search", search_rings, "values"_a, "weights"_a, "table"_a, "bits"_a,
+             "state_bits"_a, "reach"_a, "codes"_a.noconvert(), "threads"_a);
   module.def("bfloat16_decode", decode_floats<Bfloat16>, "data"_a, "shapes"_a,
              "rest"_a, "center"_a, "out"_a.noconvert());
   module.def("float32_decode", decode_floats<Float32>, "data"_a, "shapes"_a,

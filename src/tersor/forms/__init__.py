@@ -2,27 +2,34 @@
 
 from tersor.forms.affine import Affine
 from tersor.forms.bitmask import Bitmask
+from tersor.forms.bitshift import Bitshift
 from tersor.forms.block_float import BlockFloat
 from tersor.forms.codebook import Codebook
 from tersor.forms.dense import Dense
 from tersor.forms.fake_affine import FakeAffine
 from tersor.forms.form import Form
 from tersor.forms.nofm import NofM
+from tersor.forms.residual import Residual
+from tersor.forms.rotated import Rotated
 from tersor.forms.trellis import Trellis
 
 KINDS: dict[str, type[Form]] = {
-    form.kind: form for form in (Dense, Affine, BlockFloat, Codebook, Bitmask, NofM, Trellis)
+    form.kind: form
+    for form in (Dense, Affine, BlockFloat, Codebook, Bitmask, NofM, Trellis, Bitshift, Rotated, Residual)
 }
 
 __all__ = [
     "KINDS",
     "Affine",
     "Bitmask",
+    "Bitshift",
     "BlockFloat",
     "Codebook",
     "Dense",
     "FakeAffine",
     "Form",
     "NofM",
+    "Residual",
+    "Rotated",
     "Trellis",
 ]

@@ -13,6 +13,16 @@ def rans_encode(symbols: _Array, tables: _Array, frequency: _Array, table_bits: 
 def fast_decode(data: _Array, shapes: _Array, codes: _Array) -> None: ...
 def huffman_bits(symbols: _Array, lengths: list[int]) -> bytes: ...
 def huffman_decode(data: _Array, codes: _Array) -> None: ...
+def bitshift_search(
+    values: _Array,
+    weights: _Array,
+    table: _Array,
+    bits: int,
+    state_bits: int,
+    reach: int,
+    codes: _Array,
+    threads: int,
+) -> None: ...
 def bfloat16_decode(
     data: _Array, shapes: _Array, rest: _Array, center: int, out: _Array
 ) -> None: ...
