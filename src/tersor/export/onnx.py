@@ -4,6 +4,7 @@ What is written: codes of 5 to 8 bits as INT8 and of 1 to 4 bits as INT4, two to
 25 on codes of 1 and 2 bits as INT2); codebooks as indices with Gather; masks and N:M places with
 ScatterElements; narrow floats with Cast. Linear layers read their codes through DequantizeLinear,
 which ONNX Runtime fuses into the product; other codes are cast and scaled when it loads the file.
+Grids on activations become QuantizeLinear and DequantizeLinear, so that products run on integers.
 
 Before the file gets its name, its initializers are read back and counted, and its outputs are
 compared with torch's.
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import MissingExtra, OptionError
-from tersor.export.onnx_check import Difference, Session, check_bytes, check_outputs
-from tersor.export.onnx_file import replaced, save
+from tersor.export.onnx_check import Difference, Session, check_bytes, check_outputs, fused
+from tersor.export.onnx_file import SINGLE_FILE_LIMIT, replaced, save
 from tersor.export.onnx_layers import Layer, layers_of
 from tersor.export.onnx_trace import build
 from tersor.program.call import call_of
+
+TOLERANCE, GRID_TOLERANCE = 1e-4, 0.05
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -42,6 +45,8 @@ class Exported:
     difference: from torch where the weights are decoded when the file is loaded
     default_difference: from torch in an ONNX Runtime session with default options, which rounds
         activations to 8 bits in order to multiply by the codes themselves
+    grids: how many values are rounded to integers on a grid
+    fused: operators on integers that such a session runs, "QLinearConv" -> 19
     notes: what a user must not overlook, as sentences
     """
 
@@ -54,6 +59,8 @@ class Exported:
     layers: tuple[Layer, ...]
     difference: Difference | None
     default_difference: Difference | None
+    grids: int
+    fused: dict[str, int]
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def to_onnx(
     opset: int = 21,
     integer_products: bool = True,
     check: bool = True,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Exported:
     """Writes `model` to `path`, each weight as small as its form. The model stays as it is.
 
@@ -82,7 +89,8 @@ def to_onnx(
         quickest for small batches, but a session with default options rounds activations to 8 bits
         for it. False: torch's outputs in every session
     check: run the file and compare its outputs with torch's, on the example and on a larger batch
-    tolerance: largest difference allowed, relative to the largest output
+    tolerance: largest difference allowed, relative to the largest output: 1e-4, and 0.05 with
+        grids, where the last bit of a sum decides how a value is rounded, and what follows from it
 
     Raises ExportError when the model cannot be exported, a weight became larger than its form, or
     outputs differ; what was at `path` before is then still there.
@@ -92,7 +100,7 @@ def to_onnx(
         raise OptionError(
             f"opset={opset}; 4-bit weights need 21, and 25 is the last one known here"
         )
-    if not 0 < tolerance < 1:
+    if tolerance is not None and not 0 < tolerance < 1:
         raise OptionError(f"tolerance={tolerance} is relative to the largest output; try 1e-4")
     reference = copy.deepcopy(model).cpu().eval()
     args, kwargs = _as_call(example)
@@ -103,8 +111,14 @@ def to_onnx(
         size = save(graph.model, temporary)
         check_bytes(temporary, graph.weights)
         found: dict[Session, Difference] = {}
+        counts: dict[str, int] = {}
+        allowed = tolerance or (GRID_TOLERANCE if graph.grids else TOLERANCE)
         if check:
-            found = check_outputs(wanted, tensors, temporary, graph.inputs, tolerance)
+            rounded = graph.grids > 0
+            found = check_outputs(
+                wanted, tensors, temporary, graph.inputs, allowed, rounded=rounded
+            )
+            counts = fused(temporary) if size < SINGLE_FILE_LIMIT else {}
     return Exported(
         path=Path(path),
         bytes=size,
@@ -115,7 +129,9 @@ def to_onnx(
         layers=layers_of(reference, graph.weights),
         difference=found.get("decoded"),
         default_difference=found.get("default"),
-        notes=(*_notes(graph.inputs, found, tolerance), *call.omitted),
+        grids=graph.grids,
+        fused=counts,
+        notes=(*_notes(graph.inputs, found, allowed), *call.omitted),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +30,13 @@ class Difference:
     """The largest difference between outputs of the file and of torch.
 
     relative: to the largest value of that output
+    steps: in 255ths of that output's range, the steps that 8 bits would have
     batches: sizes of the inputs that were compared
     """
 
     absolute: float
     relative: float
+    steps: float
     batches: tuple[dict[str, tuple[int, ...]], ...]
 
 
@@ -94,9 +98,14 @@ def check_outputs(
     path: Path,
     inputs: dict[str, tuple[int | str, ...]],
     tolerance: float,
+    *,
+    rounded: bool,
 ) -> dict[Session, Difference]:
-    """Runs file and model on the example and on other sizes; raises ExportError if they differ."""
-    batches = [tensors, *_other_sizes(reference, tensors, list(inputs.values()))]
+    """Runs file and model on the example and on other sizes; raises ExportError if they differ.
+
+    rounded: activations are integers in torch too, so that a default session must agree as well
+    """
+    batches = [tensors, *other_sizes(reference, tensors, list(inputs.values()))]
     with decoded(reference.model):
         wanted = [reference(*[t.clone() for t in batch]) for batch in batches]
     sizes = tuple(
@@ -112,17 +121,55 @@ def check_outputs(
                 f"ONNX Runtime does not run the file ({kind} session): {first_line(error)}; "
                 "try another opset or a newer onnxruntime"
             ) from error
-        found[kind] = _difference(wanted, outputs, sizes)
-    relative = found["decoded"].relative
-    if not relative <= tolerance:
-        raise ExportError(
-            f"outputs of the exported file differ from torch's by {relative:.3g} of the largest "
-            f"output, more than tolerance={tolerance:g}; raise tolerance if that is acceptable"
-        )
+        found[kind] = difference(wanted, outputs, sizes)
+    require_close(found["decoded"], tolerance)
+    if rounded:
+        require_close(found["default"], tolerance)
     return found
 
 
-def _other_sizes(
+def require_close(found: Difference, tolerance: float) -> None:
+    """Raises ExportError for a difference above `tolerance`."""
+    if not found.relative <= tolerance:
+        raise ExportError(
+            f"outputs of the exported file differ from torch's by {found.relative:.3g} of the "
+            f"largest output, more than tolerance={tolerance:g}; raise tolerance if that is "
+            "acceptable"
+        )
+
+
+def fused(path: Path) -> dict[str, int]:
+    """How many of each operator on integers a default ONNX Runtime session makes of the file."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        seen = Path(folder) / "seen.onnx"
+        session(path, decode=False, optimized=seen)
+        counts = Counter(node.op_type for node in onnx.load(seen).graph.node)
+    return {kind: count for kind, count in sorted(counts.items()) if kind in _ON_INTEGERS}
+
+
+_ON_INTEGERS = frozenset(
+    (
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "GatherBlockQuantized",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearAveragePool",
+        "QLinearConcat",
+        "QLinearConv",
+        "QLinearGlobalAveragePool",
+        "QLinearMatMul",
+        "QLinearMul",
+    )
+)
+
+
+def other_sizes(
     reference: Call, tensors: list[Tensor], sizes: list[tuple[int | str, ...]]
 ) -> list[list[Tensor]]:
     """One row more, and where lengths are free also a shorter one if the model accepts that."""
@@ -160,12 +207,13 @@ def _run(runner: Any, names: list[str], batch: list[Tensor]) -> list[np.ndarray[
     return outputs
 
 
-def _difference(
+def difference(
     wanted: list[list[Any]],
     found: list[list[np.ndarray[Any, Any]]],
     sizes: tuple[dict[str, tuple[int, ...]], ...],
 ) -> Difference:
-    absolute = relative = 0.0
+    """Compares the outputs of several batches, those of torch first."""
+    absolute = relative = steps = 0.0
     for batch, outputs in zip(wanted, found, strict=True):
         for number, (value, output) in enumerate(zip(batch, outputs, strict=True)):
             true, seen = torch.as_tensor(value).double(), torch.from_numpy(output).double()
@@ -176,8 +224,11 @@ def _difference(
                 )
             # Equal infinities, as in a mask, are no difference.
             gap = torch.where(true == seen, 0.0, (true - seen).abs()).nan_to_num(nan=math.inf)
-            largest = true[true.isfinite()].abs().amax().item() if true.isfinite().any() else 0.0
+            finite = true[true.isfinite()]
+            largest = finite.abs().amax().item() if finite.numel() else 0.0
+            span = (finite.amax() - finite.amin()).item() if finite.numel() else 0.0
             worst = gap.amax().item() if gap.numel() else 0.0
             absolute = max(absolute, worst)
             relative = max(relative, worst / largest if largest else worst)
-    return Difference(absolute, relative, sizes)
+            steps = max(steps, 255 * worst / span if span else 0.0)
+    return Difference(absolute, relative, steps, sizes)

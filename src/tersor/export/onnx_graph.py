@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.export.onnx_forms import LOWERINGS, as_affine, lower
+from tersor.export.onnx_integers import multiply_integers
 from tersor.export.onnx_products import multiply_codes
 from tersor.export.onnx_rows import gather_rows
 from tersor.export.onnx_writer import Writer
@@ -116,7 +117,7 @@ def fill(graph: Any, weights: list[Weight], opset: int, *, integer_products: boo
     nodes: dict[int, list[Any]] = {}
     shared: dict[str, Any] = {}
     for node in list(graph):
-        if node.domain == DOMAIN:
+        if node.domain == DOMAIN and node.op_type == "Weight":
             nodes.setdefault(node.attributes["index"].as_int(), []).append(node)
     for index, weight in enumerate(weights):
         if index not in nodes:
@@ -141,7 +142,12 @@ def _write(weight: Weight, old: Any, writer: Writer, integer_products: bool) -> 
         _replace(old, writer.cast(value, weight.tensor.dtype))
         return
     form = weight.form
-    if isinstance(form, Affine) and integer_products and multiply_codes(form, old, writer):
+    if (
+        isinstance(form, Affine)
+        and integer_products
+        and form.zero_bits is None
+        and (multiply_integers(form, old, writer) or multiply_codes(form, old, writer))
+    ):
         return
     if isinstance(form, Affine):
         gather_rows(form, old, writer)

@@ -15,6 +15,9 @@ from tersor.program.program import Fixed, Named, Ref, Slot
 METADATA = "tersor.call"
 """The key under which a file keeps how its inputs and outputs are arranged, as JSON."""
 
+GRIDS = "tersor.grids"
+"""The key under which a file keeps how many of its activations are on a grid, if any are."""
+
 
 def name_all(
     model: Any, call: Call, tensors: list[Tensor]

@@ -21,19 +21,19 @@ _GROUPS = (None, 16, 32, 64, 128, 256)
 def multiply_codes(form: Affine, old: Any, writer: Writer) -> bool:
     """Gives every use of `old` the weight as (inputs, outputs); False where that cannot be done."""
     uses = list(old.uses())
-    shapes = {_transposed(node, place) for node, place in uses}
+    shapes = {transposed(node, place) for node, place in uses}
     if len(form.shape) != 2 or len(shapes) != 1 or None in shapes or form.group_size not in _GROUPS:
         return False
     # nn.Linear stores (outputs, inputs) and transposes, GPT-2's Conv1D (inputs, outputs).
     if form.axis != (0 if True in shapes else 1):
         return False
     new = _dequantized(form, writer)
-    _connect(uses, old, new)
+    connect(uses, old, new)
     writer.notes.append("multiplied as codes by a default ONNX Runtime session")
     return True
 
 
-def _transposed(node: Any, place: int) -> bool | None:
+def transposed(node: Any, place: int) -> bool | None:
     """Whether a product transposes its right factor; None for any other operator."""
     if node.op_type == "Gemm" and place == 1:
         return bool(node.attributes.get_int("transB", 0))
@@ -64,10 +64,11 @@ def _dequantized(form: Affine, writer: Writer) -> Any:
     return weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
 
 
-def _connect(uses: list[tuple[Any, int]], old: Any, new: Any) -> None:
+def connect(uses: list[tuple[Any, int]], old: Any, new: Any) -> None:
+    """Gives products the right factor `new`, which is (inputs, outputs), instead of `old`."""
     import onnx_ir as ir
 
-    outputs_first = _transposed(*uses[0])
+    outputs_first = transposed(*uses[0])
     new.type = old.type
     new.shape = ir.Shape(reversed(old.shape)) if outputs_first else old.shape
     for node, place in uses:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import ExportError, MissingExtra, ModelError
-from tersor.export.onnx_names import METADATA
+from tersor.export.onnx_names import GRIDS, METADATA
 from tersor.export.onnx_trace import first_line
 from tersor.program.skeleton import Record
 
@@ -36,20 +37,21 @@ class OnnxModel(nn.Module):
     """
 
     def __init__(
-        self, path: str | Path, *, decode: bool = True, threads: int | None = None
+        self, path: str | Path, *, decode: bool | None = None, threads: int | None = None
     ) -> None:
         """Loads the file.
 
         decode: turn weights into floats once, while loading: the outputs and roughly the speed and
-            memory of the float model. False leaves it to ONNX Runtime: products of 2-D weights run
-            on the codes, with activations rounded to 8 bits, which takes the least memory and is
-            quickest for small batches; weights of convolutions are decoded in every call
+            memory of the float model. False leaves it to ONNX Runtime: products on a grid and those
+            of 2-D weights run on the codes, with activations rounded to 8 bits. None for False
+            where the file has grids, which as floats would be slower than no grids
         threads: None for as many as torch uses
         """
         super().__init__()
         self.path = Path(path)
         if not self.path.is_file():
             raise ModelError(f"{path} is no file; write one with tersor.export.to_onnx")
+        decode = not has_grids(self.path) if decode is None else decode
         try:
             self._session = session(self.path, decode=decode, threads=threads)
         except MissingExtra:
@@ -108,8 +110,20 @@ class OnnxModel(nn.Module):
                 self._collect(part, value[index], f"{name}.{index}", feed)
 
 
-def session(path: Path, *, decode: bool, threads: int | None = None) -> Any:
-    """An ONNX Runtime session on the CPU; see `OnnxModel` for the options."""
+def has_grids(path: Path) -> bool:
+    """Whether tersor wrote activations on a grid into the file."""
+    # The metadata stand at the end of the file, behind all weights.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(GRIDS.encode()) >= 0
+
+
+def session(
+    path: Path, *, decode: bool, threads: int | None = None, optimized: Path | None = None
+) -> Any:
+    """An ONNX Runtime session on the CPU; see `OnnxModel` for the options.
+
+    optimized: where to write the graph that it runs
+    """
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingExtra("onnx", "onnxruntime")
     import onnxruntime
@@ -120,6 +134,8 @@ def session(path: Path, *, decode: bool, threads: int | None = None) -> Any:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     # Threads that wait in a busy loop starve whatever else runs on few cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     if decode:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

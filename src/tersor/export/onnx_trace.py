@@ -19,7 +19,8 @@ from torch.fx.experimental import _config as symbolic_config
 
 from tersor.errors import CompressError, ExportError
 from tersor.export.onnx_graph import DOMAIN, Weight, fill, swap
-from tersor.export.onnx_names import name_all
+from tersor.export.onnx_grids import fill_grids, swap_grids
+from tersor.export.onnx_names import GRIDS, name_all
 from tersor.export.onnx_recurrent import translations
 from tersor.program.call import Call, Untraceable
 from tersor.program.recurrent import whole_recurrences
@@ -27,10 +28,14 @@ from tersor.program.recurrent import whole_recurrences
 
 @dataclass(frozen=True)
 class Graph:
-    """An onnx_ir model, the weights in it, and the names and sizes of its inputs and outputs."""
+    """An onnx_ir model, the weights in it, and the names and sizes of its inputs and outputs.
+
+    grids: how many values are rounded to integers
+    """
 
     model: Any
     weights: list[Weight]
+    grids: int
     inputs: dict[str, tuple[int | str, ...]]
     outputs: tuple[str, ...]
 
@@ -39,13 +44,16 @@ def build(call: Call, tensors: list[Tensor], opset: int, *, integer_products: bo
     """The ONNX graph of `call`, whose model loses its forms to placeholders."""
     kind = type(call.model).__name__
     _run_once(call, tensors, kind)
-    weights = swap(call.model)
+    weights, grids = swap(call.model), swap_grids(call.model)
     with quiet():
         model = _exported(call, tensors, opset, kind)
+        pairs = fill_grids(model.graph, grids, opset)
         fill(model.graph, weights, opset, integer_products=integer_products)
     inputs, outputs = name_all(model, call, tensors)
+    if pairs:
+        model.metadata_props[GRIDS] = str(pairs)
     _tidied(model)
-    return Graph(model, weights, inputs, outputs)
+    return Graph(model, weights, pairs, inputs, outputs)
 
 
 def _run_once(call: Call, tensors: list[Tensor], kind: str) -> None:
