@@ -15,6 +15,7 @@ from tersor.methods.quantize.qronos import qronos
 from tersor.methods.quantize.rtn import rtn
 from tersor.methods.quantize.trellis import trellis
 from tersor.methods.recover.batchnorm import batchnorm
+from tersor.methods.recover.lqer import lqer
 from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
 
@@ -31,5 +32,6 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "quantize.lsq": lsq,
     "share.kmeans": kmeans,
     "recover.batchnorm": batchnorm,
+    "recover.lqer": lqer,
     "recover.scales": scales,
 }

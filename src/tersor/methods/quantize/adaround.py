@@ -29,9 +29,9 @@ _BETA = (20.0, 2.0)
 """Of the regularizer, at the end of the warm-up and at the end."""
 _WARM_UP = 0.2
 """Share of the steps in which nothing pushes roundings apart."""
-_PUSH = 0.01
-"""Weight of the regularizer, against the squared error in units of that of rounding to nearest."""
-_RATE = 1e-2
+_PUSH = 10.0
+"""Weight of the regularizer; the squared error is in units of that of rounding to nearest."""
+_RATE = 0.1
 
 
 @method
