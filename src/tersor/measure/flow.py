@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tersor.forms.scaling import Scaling
 from tersor.measure.running import Watching, evaluating, tensors_in, unfused
 
 RECTIFIERS = frozenset({"relu", "hardtanh", "clamp", "clamp_min", "relu6"})
@@ -83,6 +84,7 @@ class _Seeing(Watching):  # type: ignore[no-untyped-call]
         super().__init__()
         self.calls: dict[nn.Module, list[tuple[Value | None, Value | None]]] = {}
         self._known: dict[int, tuple[Tensor, int, Value]] = {}
+        self._scaled: dict[tuple[Value, Scaling], Value] = {}
         self._inside: list[tuple[nn.Module, Value | None]] = []
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,6 +106,9 @@ class _Seeing(Watching):  # type: ignore[no-untyped-call]
     def left(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _, first = self._inside.pop()
         value = self._value(output) if isinstance(output, Tensor) else None
+        if value is not None and first is not None and isinstance(module, Scaling):
+            # Layers that share a tensor and its scaling each multiply anew, to the same end.
+            value = self._new(output, self._scaled.setdefault((first, module), value))
         # An identity gives what it was given.
         if value is not None and value is not first:
             value.givers.append(module)

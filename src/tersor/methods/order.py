@@ -1,4 +1,4 @@
-"""The order of a recipe: cut, factorize, sparsify, quantize or share; recoveries after the first.
+"""The order of a recipe: cut, factorize, transform, sparsify, quantize or share; then recover.
 
 Each step keeps what the steps before it made. In another order a later step would undo them.
 """
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from tersor.errors import OptionError
 
-_RANK = {"cut": 0, "factorize": 1, "prune": 2, "quantize": 3, "share": 3}
+_RANK = {"cut": 0, "factorize": 1, "transform": 2, "prune": 3, "quantize": 4, "share": 4}
 _WHY = {
     "cut": "cutting channels changes the shapes that other forms were fitted to",
     "factorize": "factors of a weight have neither its zeros nor its codes",
+    "transform": "it moves factors between weights, and what forms hold stays as it is",
     "prune": "the weights it keeps would be stored as floats again, and the codes be lost",
 }
 

@@ -7,31 +7,43 @@ from torch import nn
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.adaround import adaround
 from tersor.methods.quantize.cast import cast
+from tersor.methods.quantize.dynamic import dynamic
 from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.fp4 import fp4
 from tersor.methods.quantize.gptq import gptq
 from tersor.methods.quantize.lsq import lsq
+from tersor.methods.quantize.mixed import mixed
 from tersor.methods.quantize.qronos import qronos
 from tersor.methods.quantize.rtn import rtn
+from tersor.methods.quantize.static import static
 from tersor.methods.quantize.trellis import trellis
 from tersor.methods.recover.batchnorm import batchnorm
+from tersor.methods.recover.bias import bias
 from tersor.methods.recover.lqer import lqer
 from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
+from tersor.methods.transform.equalize import equalize
+from tersor.methods.transform.smooth import smooth
 
 TABLE: dict[str, Callable[..., nn.Module]] = {
+    "transform.equalize": equalize,
+    "transform.smooth": smooth,
     "prune.magnitude": magnitude,
     "quantize.cast": cast,
     "quantize.rtn": rtn,
     "quantize.gptq": gptq,
     "quantize.qronos": qronos,
     "quantize.adaround": adaround,
+    "quantize.mixed": mixed,
     "quantize.fp4": fp4,
     "quantize.entropy": entropy,
     "quantize.trellis": trellis,
     "quantize.lsq": lsq,
+    "quantize.static": static,
+    "quantize.dynamic": dynamic,
     "share.kmeans": kmeans,
     "recover.batchnorm": batchnorm,
+    "recover.bias": bias,
     "recover.lqer": lqer,
     "recover.scales": scales,
 }

@@ -84,3 +84,9 @@ def encode(
     # Zero is code 0 when symmetric, so the codes are exactly as sparse as the weight was.
     keep_zeros(affine, sparse)
     return affine
+
+
+def int8(site: Site) -> None:
+    """Stores the weight as 8-bit codes, one scale for each output channel, unless it is coded."""
+    if site.form is None or sparse_form(site.form) is site.form:
+        site.hold(encode(site, bits=8, group_size=None, symmetric=True, axis=site.axis))
