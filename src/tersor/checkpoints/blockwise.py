@@ -31,7 +31,7 @@ from tersor.surgery.hold import decoded, held, hold
 from tersor.task import Task
 from tersor.task.data import Fixed
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """That go through a block together, at most, unless one sequence has more."""
 
 
@@ -115,7 +115,6 @@ class Blockwise:
         """A block with the checkpoint's weights."""
         block = copy.deepcopy(self._job.blocks[at])
         self._job.weights.fill(block, self._job.block_path(at))
-        self._job.weights.forget()
         return block.eval()
 
     def _quantize(self, at: int) -> None:

@@ -14,7 +14,7 @@ from tersor.checkpoints.assembling import assemble
 from tersor.checkpoints.blockwise import Blockwise, Done
 from tersor.checkpoints.calls import token_embedding
 from tersor.checkpoints.ends import decoded_rows, write_rounded
-from tersor.checkpoints.job import Job, about, begin, opened
+from tersor.checkpoints.job import Job, about, begin, known
 from tersor.checkpoints.layout import held_names
 from tersor.checkpoints.needs import check_room, needs_of
 from tersor.checkpoints.packing import Progress, Silent
@@ -24,7 +24,7 @@ from tersor.checkpoints.source import open_checkpoint
 from tersor.checkpoints.tokens import check_tokens
 from tersor.checkpoints.weights import Weights
 from tersor.codec import check_apart, check_profile
-from tersor.errors import ModelError, OptionError
+from tersor.errors import CompressError, ModelError, OptionError
 from tersor.forms import Affine
 from tersor.methods.run import check
 from tersor.methods.table import TABLE
@@ -111,7 +111,7 @@ def quantize_folder(
         *(network, path, list(blocks), weights, method, used, chosen, tokens),
     )
     what = about(checkpoint, method, used, ends, tokens)
-    going_on = opened(job.folder, what)
+    going_on = known(job.folder, what)
     needs = needs_of(
         network,
         job.blocks,
@@ -119,18 +119,24 @@ def quantize_folder(
         bits=float(used.get("bits", 8)),
         file_bytes=checkpoint.file_bytes,
     )
+    check_room(needs, job.folder, out, memory, job.bytes_done)
     told.doing(str(needs))
-    done = sum(path.stat().st_size for path in job.folder.iterdir())
-    check_room(needs, job.folder, out, memory, done)
-    if not going_on:
+    if going_on:
+        job.clear_drafts()
+    else:
         told.doing("looking at the weights")
         for _ in weights.check_finite():
             pass
         begin(job.folder, what)
     told.plan(len(job.blocks))
-    notes = [] if ends is None else _round_ends(job, outer, ends)
     rounded = [] if ends is None else [site for site in outer if _sliced(site)]
-    finished = Blockwise(job, _table(job, rounded)).run(_teller(told))
+    try:
+        _round_ends(job, rounded, ends)
+        finished = Blockwise(job, _table(job, rounded)).run(_teller(told))
+    except CompressError:
+        if not job.part(0).exists():
+            job.clear()
+        raise
     told.doing("writing the file")
     recipe = [{"method": method, "options": used}]
     if rounded:
@@ -147,7 +153,7 @@ def quantize_folder(
         needs=needs.as_json(),
         blocks=finished,
         seconds=time.monotonic() - started,
-        notes=notes,
+        notes=[f'"{site.name}" is kept as it is' for site in outer if site not in rounded],
     )
 
 
@@ -196,16 +202,14 @@ def _sliced(site: Site) -> bool:
     return site.axis == 0 and site.weight.dim() == 2
 
 
-def _round_ends(job: Job, outer: list[Site], bits: int) -> list[str]:
-    """Writes the parts of weights outside of the blocks; says which are kept."""
-    sliced = [site for site in outer if _sliced(site)]
-    for at, site in enumerate(sliced):
-        if not job.end(at).exists():
+def _round_ends(job: Job, rounded: list[Site], bits: int | None) -> None:
+    """Writes the parts of weights outside of the blocks."""
+    for at, site in enumerate(rounded):
+        if bits is not None and not job.end(at).exists():
             group = job.options.get("group_size")
             weight = job.weights.tensor(site.name)
             write_rounded(job.end(at), site.name, weight, bits=bits, group_size=group)
             job.weights.forget()
-    return [f'"{site.name}" is kept as it is' for site in outer if not _sliced(site)]
 
 
 def _table(job: Job, rounded: list[Site]) -> Callable[[Tensor], Tensor] | None:

@@ -55,14 +55,25 @@ class Job:
         """The form of a weight that lies outside of the blocks."""
         return self.folder / f"end-{at:05}.safetensors"
 
+    @property
+    def bytes_done(self) -> int:
+        """Of all that is finished."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
     def clear(self) -> None:
         """Removes what the run has written, and the folder if nothing else is in it."""
         for pattern in ("block-*", "states-*", "end-*"):
             for path in self.folder.glob(f"{pattern}.safetensors"):
                 path.unlink()
+        self.clear_drafts()
         (self.folder / _NOTE).unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+    def clear_drafts(self) -> None:
+        """Removes what was being written when the run was killed."""
+        for draft in drafts(self.folder):
+            draft.unlink()
 
 
 def about(
@@ -86,21 +97,13 @@ def about(
     }
 
 
-def opened(folder: Path, what: dict[str, Any]) -> bool:
-    """Makes a work folder, or goes on in one; whether it is one in which `what` was begun.
-
-    Raises OptionError where it belongs to another run.
-    """
+def known(folder: Path, what: dict[str, Any]) -> bool:
+    """Whether a work folder is one in which `what` was begun. Raises OptionError for another."""
     note = folder / _NOTE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
     except (OSError, ValueError) as error:
-        raise OutputError(
-            f"the work folder {folder} cannot be used: {error}; name another"
-        ) from None
-    for draft in drafts(folder):
-        draft.unlink()
+        raise OutputError(f"{note} cannot be read: {error}; name another work folder") from None
     if found is None and any(folder.glob("block-*.safetensors")):
         raise OptionError(f"work={folder} holds parts of an unknown run; name another folder")
     if found is not None and found != json.loads(json.dumps(what)):
@@ -113,5 +116,11 @@ def opened(folder: Path, what: dict[str, Any]) -> bool:
 
 
 def begin(folder: Path, what: dict[str, Any]) -> None:
-    """Notes what a work folder is about."""
+    """Makes a work folder, and notes what it is about."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the work folder {folder} cannot be made: {error.strerror or error}; name another"
+        ) from error
     write_text(folder / _NOTE, json.dumps(what, indent=1) + "\n")

@@ -87,7 +87,7 @@ def check_room(needs: Needs, work: Path, out: Path, memory: float | None, done: 
             "fewer tokens, or use a machine with more memory"
         )
     wanted: dict[int, tuple[Path, int]] = {}
-    for folder, size in ((work, max(0, needs.work - done)), (out.parent, needs.out)):
+    for folder, size in ((_there(work), max(0, needs.work - done)), (_there(out), needs.out)):
         device = os.stat(folder).st_dev
         wanted[device] = folder, size + wanted.get(device, (folder, 0))[1]
     for folder, size in wanted.values():
@@ -97,6 +97,11 @@ def check_room(needs: Needs, work: Path, out: Path, memory: float | None, done: 
                 f"{folder} needs {_gb(size)} of free disk and has "
                 f"{_gb(free.f_bavail * free.f_frsize)}; choose another place with work= or out="
             )
+
+
+def _there(path: Path) -> Path:
+    """The folder that it is in, or is to be made in."""
+    return next(folder for folder in path.absolute().parents if folder.is_dir())
 
 
 def _memory() -> float:

@@ -56,6 +56,7 @@ class Weights:
                 value = self.tensor(full)
                 # Copied even where it is float32 already: methods change weights in place.
                 value = value.to(torch.float32 if old.is_floating_point() else old.dtype, copy=True)
+                self._held[self.names[full]].shard.forget()
                 if name in owner._parameters:
                     value = nn.Parameter(value, requires_grad=False)
                 setattr(owner, name, value)

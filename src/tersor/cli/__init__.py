@@ -11,6 +11,7 @@ from tersor.cli.inspect import inspect
 from tersor.cli.methods import methods
 from tersor.cli.pack import pack
 from tersor.cli.profile import profile
+from tersor.cli.quantize import quantize
 from tersor.cli.report import report
 from tersor.cli.running import Verbs, verb
 from tersor.cli.unpack import unpack
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 for _verb in (
     *(profile, compress, compare, verify, inspect, report, export),
-    *(pack, unpack, methods),
+    *(pack, unpack, quantize, methods),
 ):
     app.command()(verb(_verb))
 

@@ -59,6 +59,36 @@ def _verdict(found: Data, quantized: int) -> str:
     return f"{lost}; read again and compared, {found['seconds']:.1f} s"
 
 
+def quantize_view(found: Data) -> RenderableType:
+    """Bytes before and after, and the blocks that suffered most."""
+    before, after, elements = found["bytes_before"], found["bytes_after"], found["elements"]
+    rows = [
+        ("bytes", f"{before:,}", f"{after:,}", figures.percent(after / before)),
+        ("bits per weight", _bits(before, elements), _bits(after, elements), ""),
+    ]
+    known = [block for block in found["blocks"] if block["error"] is not None]
+    worst = sorted(known, key=lambda block: -block["error"])[:ROWS]
+    errors = [
+        (block["path"], figures.digits(block["error"]), f"{block['seconds']:.1f}")
+        for block in worst
+    ]
+    title = f"the {len(worst)} worst of {len(known)} blocks"
+    head = ["block", "relative error", "seconds"]
+    table: list[RenderableType] = [grid(head, errors, numeric={1, 2}, title=title), Text()]
+    said = (
+        f"{found['weights']:,} of {elements:,} weights quantized; read again and compared, "
+        f"{found['seconds']:.1f} s"
+    )
+    return Group(
+        Text(f"{found['source']} -> {found['path']}", style="bold"),
+        grid(["", "before", "after", ""], rows, numeric={1, 2, 3}),
+        Text(),
+        *(table if worst else []),
+        Text(said, style="green"),
+        *notes_view(found["notes"]),
+    )
+
+
 def unpack_view(found: Data) -> RenderableType:
     """The files that were written."""
     said = (
