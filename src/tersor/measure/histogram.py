@@ -3,8 +3,8 @@
 Sources: percentile, mean squared error and entropy ranges as compared by Wu et al. 2020,
 arXiv:2004.09602, section 3.2 and 6.1; the entropy rule by Migacz 2017, "8-bit inference with
 TensorRT", GTC, slides 28-33, with the count of the first bin taken from the second.
-Differs: the error of a value within a range is taken as step^2 / 12 and that of an exact zero as
-none (a level stands for it), instead of rounding bin centers, which hides errors below a bin.
+Differs: exact zeros are taken to cost nothing (a level stands for them), and the error within a bin
+is taken into account, which rounding bin centers alone would hide.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 Array = NDArray[np.float64]
 
 BINS = 2048
-_TRIED = 48
-"""Clipping points that the rule of least squares tries for each end of a range."""
+_TRIED, _ROUNDS = 48, 3
+"""Clipping points that the rule of least squares tries for each end of a range, and how often."""
 _LEVELS = 128
 """Of the entropy rule: as many as |x| has of 8 signed bits."""
 
@@ -28,8 +28,9 @@ _LEVELS = 128
 class Histogram:
     """Counts of values in equal bins whose edges are whole multiples of their width.
 
-    Where a value lies outside, bins are joined in pairs: counts stay exact, and a bin is at most
-    four times as wide as 1/2048 of the range of all that was seen.
+    The width is a power of two, so that a value is counted in exactly its bin. Where one lies
+    outside, bins are joined in pairs: counts stay exact, and a bin is less than twice as wide as
+    1/2046 of the range of all that was seen.
 
     counts: (2048,) int64; bin i holds first + i times the width, and up to a width more
     low, high: of the values themselves
@@ -68,7 +69,7 @@ class Histogram:
         if not self.width:
             # Two to spare: ends need not fall on edges.
             spread, size = self.high - self.low, max(abs(self.low), abs(self.high))
-            self.width = max(spread / (BINS - 2), 1e-9 * size, 1e-30)
+            self.width = 2.0 ** math.ceil(math.log2(max(spread / (BINS - 2), 1e-9 * size, 1e-30)))
         lowest, highest = self._ends()
         while highest - lowest >= BINS:
             self.width *= 2
@@ -100,25 +101,39 @@ def percentile_range(seen: Histogram, share: float = 0.9999) -> tuple[float, flo
 def least_squares_range(seen: Histogram, bits: int = 8) -> tuple[float, float]:
     """The range whose 2**bits levels leave the least mean squared error.
 
-    Each end is tried at 48 fractions of what was seen on its side of zero, down to 1/59, in all
-    pairs.
+    Each end is tried at 48 fractions of what was seen on its side of zero, down to 1/59, in turn
+    with the other.
     """
     fractions = 2.0 ** (-torch.arange(_TRIED, dtype=torch.float64) / 8)
-    lows = fractions * min(seen.low, 0.0) if seen.low < 0 else torch.zeros(1, dtype=torch.float64)
-    highs = fractions * max(seen.high, 0.0) if seen.high > 0 else torch.zeros(1).double()
+    lows, highs = fractions * min(seen.low, 0.0), fractions * max(seen.high, 0.0)
+    filled = seen.counts > 0
     counts, centers = seen.counts.double(), seen.centers
-    lost = [
-        (
-            (beyond := (centers - end[:, None]) * sign).clamp(min=0).square() @ counts,
-            (beyond > 0).double() @ counts,
-        )
-        for end, sign in ((lows, -1), (highs, 1))
-    ]
-    inside = seen.total - seen.zeros - lost[0][1][:, None] - lost[1][1]
-    step = (highs - lows[:, None]) / (2**bits - 1)
-    error = lost[0][0][:, None] + lost[1][0] + inside.clamp(min=0) * step.square() / 12
-    best = int(error.argmin())
-    return float(lows[best // len(highs)]), float(highs[best % len(highs)])
+    if seen.zeros:
+        counts[-seen.first] -= seen.zeros
+    counts, centers = counts[filled], centers[filled]
+    low, high = lows[0], highs[0]
+    for _ in range(_ROUNDS):
+        high = highs[_errors(low, highs, counts, centers, seen.width, bits).argmin()]
+        low = lows[_errors(lows, high, counts, centers, seen.width, bits).argmin()]
+    return float(low), float(high)
+
+
+def _errors(
+    low: Tensor, high: Tensor, counts: Tensor, centers: Tensor, width: float, bits: int
+) -> Tensor:
+    """(ranges,) summed squared errors of values in bins, on levels from `low` to `high`."""
+    top = 2**bits - 1
+    step = ((high - low) / top).clamp(min=1e-300)[:, None]
+    zero = (-low.reshape(-1, 1) / step).round()
+    near = centers / step
+    whole = near.round()
+    outside = (whole < -zero) | (whole > top - zero)
+    error = (near - torch.minimum(whole.maximum(-zero), top - zero)).square()
+    # Of a bin as wide as a step or wider, the center says nothing about its values.
+    spread = (width / step).square() / 12
+    error = torch.where((width > step / 2) & ~outside, 1 / 12, error + spread)
+    found: Tensor = (error * step.square()) @ counts
+    return found
 
 
 def entropy_range(seen: Histogram) -> tuple[float, float]:
