@@ -11,8 +11,8 @@ from tersor.forms import Affine, Codebook, Dense, Trellis
 from tersor.measure import divergence_of, reference_outputs
 from tersor.methods import run
 from tersor.methods.recover.scales import scales
-from tersor.methods.tuning import Tuned, shown
-from tersor.surgery import hold, walk
+from tersor.methods.tuning import Tuned, TunedNumbers, shown
+from tersor.surgery import held, hold, walk
 from tersor.task import classification, regression
 
 RTN = {"method": "quantize.rtn", "options": {"bits": 2, "group_size": 8}}
@@ -98,6 +98,36 @@ def test_vectors_stay_where_they_are_when_they_are_left_out(task):
     moved = run(original, [RTN, {"method": "recover.scales", "options": {}}], task)
     assert not torch.equal(moved[6].bias, original[6].bias)
     assert moved[1].running_mean.equal(original[1].running_mean)
+
+
+def test_vectors_on_a_grid_are_rounded_to_it(task):
+    original = net()
+    entropy = {"method": "quantize.entropy", "options": {"bits": 2.0}}
+    before = run(original, [entropy], task)
+    after = run(before, [{"method": "recover.scales", "options": {}}], task, original=original)
+    moved = 0
+    for (name, old), (_, new) in zip(held(before), held(after), strict=True):
+        if len(old.shape) == 1:
+            assert torch.equal(old.step, new.step), name
+            moved += int((old.codes != new.codes).sum())
+        else:
+            assert torch.equal(old.codes, new.codes), name
+    assert moved > 0
+
+
+def test_a_vector_on_a_grid_worked_by_hand():
+    # Size: the root of (4 + 4 + 16) / 3 = 8, 2.83. A tenth of it is 0.283: more than half a step.
+    layer = nn.Linear(1, 3)
+    hold(layer, "bias", Trellis.encode(torch.tensor([2.0, -2.0, 4.0]), step=0.5, axis=None))
+    tuned = TunedNumbers(layer.bias_form)
+    tuned.change.data += 0.1
+    with shown([tuned]):
+        assert layer.bias.tolist() == [2.5, -1.5, 4.5]
+        (layer.bias * torch.tensor([1.0, 2.0, 0.0])).sum().backward()
+    assert tuned.change.grad.tolist() == pytest.approx([8**0.5, 2 * 8**0.5, 0])
+    assert layer.bias.tolist() == [2.0, -2.0, 4.0]
+    tuned.store()
+    assert layer.bias.tolist() == [2.5, -1.5, 4.5]
 
 
 @pytest.mark.parametrize(

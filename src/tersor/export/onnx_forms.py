@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tersor.export.onnx_writer import Writer, stored_bits, to_array
-from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, Form, NofM, Trellis
+from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, Form, NofM, Residual, Trellis
 from tersor.forms.block_float import VALUES, factors
 from tersor.forms.form import unrows
 from tersor.forms.trellis import narrowest
@@ -171,6 +171,17 @@ def _block_float(form: BlockFloat, writer: Writer, role: str, bits: int | None) 
     return _as_weight(weight, form, writer)
 
 
+def _residual(form: Residual, writer: Writer, role: str, bits: int | None) -> Any:
+    """Base + left @ right; one weight again, so that a layer stays one product."""
+    base, left, right = (
+        writer.cast(part(form, name, writer, role), torch.float32)
+        for name in ("base", "left", "right")
+    )
+    added = _as_weight(writer.op("MatMul", left, right), form, writer)
+    weight = writer.op("Add", base, added)
+    return weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
+
+
 def _spread(per_group: Any, form: Affine | BlockFloat, writer: Writer) -> Any:
     """Repeats (outputs, groups, 1) to (outputs, inputs); the last group may be cut short."""
     outputs, inputs = form.codes.shape
@@ -195,7 +206,9 @@ def sparse_codes(form: Affine, writer: Writer) -> bool:
     return smaller
 
 
-def _as_weight(matrix: Any, form: Affine | BlockFloat | NofM | Trellis, writer: Writer) -> Any:
+def _as_weight(
+    matrix: Any, form: Affine | BlockFloat | NofM | Residual | Trellis, writer: Writer
+) -> Any:
     """(outputs, inputs) in the weight's shape, as `unrows` does."""
     if form.axis is None:
         return writer.reshape(matrix, *form.shape)
@@ -234,5 +247,6 @@ LOWERINGS: dict[str, Callable[[Any, Writer, str, int | None], Any]] = {
     Codebook.kind: _codebook,
     Dense.kind: _dense,
     NofM.kind: _nofm,
+    Residual.kind: _residual,
     Trellis.kind: _trellis,
 }

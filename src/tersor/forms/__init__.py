@@ -15,7 +15,18 @@ from tersor.forms.trellis import Trellis
 
 KINDS: dict[str, type[Form]] = {
     form.kind: form
-    for form in (Dense, Affine, BlockFloat, Codebook, Bitmask, NofM, Trellis, Bitshift, Rotated, Residual)
+    for form in (
+        Dense,
+        Affine,
+        BlockFloat,
+        Codebook,
+        Bitmask,
+        NofM,
+        Trellis,
+        Bitshift,
+        Rotated,
+        Residual,
+    )
 }
 
 __all__ = [

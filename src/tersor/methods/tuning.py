@@ -8,11 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tersor.forms.trellis import Trellis, narrowest
+
 Owner = tuple[nn.Module, str]
+
+
+class Trained(Protocol):
+    """Something stored that is trained.
+
+    change: what is trained; 0 at the start
+    """
+
+    change: nn.Parameter
+
+    def show(self) -> None:
+        """Lets every place read the value as it is now."""
+
+    def hide(self) -> None:
+        """Lets every place read the stored value again."""
+
+    def store(self) -> None:
+        """Makes the value the stored one."""
 
 
 class Tuned:
@@ -20,8 +41,6 @@ class Tuned:
 
     A positive one, as scales are, moves by factors and stays positive; another moves by its own
     size, the root of its mean square. So one rate suits all.
-
-    change: what is trained; 0 at the start
     """
 
     def __init__(self, uses: Sequence[Owner], *, keep_zeros: bool = False) -> None:
@@ -47,25 +66,59 @@ class Tuned:
         return rounded + (moved - moved.detach())
 
     def show(self) -> None:
-        """Lets every place read the value as it is now."""
+        """See `Trained`."""
         value = self.value()
         for layer, name in self.uses:
             # An instance's own attribute comes before its tables of parameters and buffers.
             layer.__dict__[name] = value
 
     def hide(self) -> None:
-        """Lets every place read the stored tensor again."""
+        """See `Trained`."""
         for layer, name in self.uses:
             layer.__dict__.pop(name, None)
 
     def store(self) -> None:
-        """Makes the value the stored one."""
+        """See `Trained`."""
         with torch.no_grad():
             self._stored.copy_(self.value())
 
 
+class TunedNumbers:
+    """A vector on a plain grid, such as a bias after `quantize.entropy`: its codes are trained.
+
+    It moves by its own size and is rounded to whole steps; the step stays.
+    """
+
+    def __init__(self, form: Trellis) -> None:
+        """form: of one state"""
+        self._form = form
+        self._start = form.dense().detach().float()
+        self._size = float(self._start.square().mean().sqrt()) or float(form.step.mean())
+        self.change = nn.Parameter(torch.zeros_like(self._start))
+
+    def codes(self) -> Tensor:
+        """In the layout and of the type of the form's."""
+        levels = (self._start + self._size * self.change).detach()
+        return narrowest((levels.reshape(self._form.codes.shape) / self._form.step).round())
+
+    def show(self) -> None:
+        """See `Trained`."""
+        form = self._form
+        rounded = (self.codes() * form.step).reshape(form.shape)
+        moved = self._size * self.change
+        form._decoded = (rounded + (moved - moved.detach())).to(form.dtype)
+
+    def hide(self) -> None:
+        """See `Trained`."""
+        self._form._decoded = None
+
+    def store(self) -> None:
+        """See `Trained`."""
+        self._form.codes = self.codes().contiguous()
+
+
 @contextmanager
-def shown(tuned: Sequence[Tuned]) -> Iterator[None]:
+def shown(tuned: Sequence[Trained]) -> Iterator[None]:
     """Inside the block the network computes with the values as they were at its start."""
     try:
         for each in tuned:

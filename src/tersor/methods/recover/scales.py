@@ -20,9 +20,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tersor.errors import OptionError, TaskError
+from tersor.forms import Form, Trellis
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.running import unfused
-from tersor.methods.tuning import Tuned, shown
+from tersor.methods.tuning import Trained, Tuned, TunedNumbers, shown
 from tersor.recipe import Outcome, method
 from tersor.surgery.hold import held
 from tersor.surgery.walk import vectors as vectors_of
@@ -50,7 +51,8 @@ def scales(
     epochs: passes over the calibration inputs
     rate: the highest, of Adam; a scale changes by about this share in a step
     samples: unlabelled calibration inputs to use, at most
-    vectors: whether biases, and scales and shifts of norms, are trained too
+    vectors: whether biases, and scales and shifts of norms, are trained too; those that are
+        numbers on a grid are rounded to it
     generator: draws the order of the inputs
 
     The best state on held-out inputs is kept, be it the start; the step's outcome says whether
@@ -103,13 +105,24 @@ def scales(
     }
 
 
-def _tuned(model: nn.Module, *, vectors: bool) -> list[Tuned]:
-    """Every tensor to train, once. Raises OptionError where no form has any."""
-    forms = dict.fromkeys(form for _, outer in held(model) for form in outer.forms())
-    found = [Tuned([(form, name)], keep_zeros=True) for form in forms for name in form.tunable()]
+def _tuned(model: nn.Module, *, vectors: bool) -> list[Trained]:
+    """Everything to train, once. Raises OptionError where no form has any."""
+    outer = dict.fromkeys(form for _, form in held(model))
+    numbers = [form for form in outer if vectors and _is_vector(form)]
+    forms = dict.fromkeys(form for each in outer if each not in numbers for form in each.forms())
+    found: list[Trained] = [
+        Tuned([(form, name)], keep_zeros=True) for form in forms for name in form.tunable()
+    ]
     if not found:
         raise OptionError(
             f"{type(model).__name__} holds no weight with scales or shared values, so "
             "recover.scales has nothing to train; put it behind a quantizing step"
         )
-    return found + ([Tuned(site.uses) for site in vectors_of(model)] if vectors else [])
+    if vectors:
+        found += [TunedNumbers(form) for form in numbers if isinstance(form, Trellis)]
+        found += [Tuned(site.uses) for site in vectors_of(model)]
+    return found
+
+
+def _is_vector(form: Form) -> bool:
+    return isinstance(form, Trellis) and len(form.shape) == 1 and form.states == 1
