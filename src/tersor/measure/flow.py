@@ -91,7 +91,12 @@ class _Seeing(Watching):  # type: ignore[no-untyped-call]
         inputs = tuple(self._value(tensor) for tensor in tensors_in((args, kwargs)))
         out = func(*args, **kwargs)
         operator = func._schema.name.removeprefix("aten::").removesuffix("_")
-        made = tuple(self._new(tensor, Value(operator, inputs)) for tensor in tensors_in(out))
+        # What is written to counts as another version only once this returns.
+        given = {id(tensor) for tensor in tensors_in((args, kwargs))}
+        made = tuple(
+            self._new(tensor, Value(operator, inputs), later=int(id(tensor) in given))
+            for tensor in tensors_in(out)
+        )
         for value in dict.fromkeys(inputs):
             value.uses.append((operator, tuple(module for module, _ in self._inside), made))
         return out
@@ -120,7 +125,7 @@ class _Seeing(Watching):  # type: ignore[no-untyped-call]
             return self._new(tensor, Value())
         return known[2]
 
-    def _new(self, tensor: Tensor, value: Value) -> Value:
+    def _new(self, tensor: Tensor, value: Value, later: int = 0) -> Value:
         # Kept, so that no other tensor takes its place in memory.
-        self._known[id(tensor)] = (tensor, tensor._version, value)
+        self._known[id(tensor)] = (tensor, tensor._version + later, value)
         return value
