@@ -358,6 +358,22 @@ def test_what_cannot_be_done_is_refused(folder, given, error, said):
         quantized(folder, **given)
 
 
+def test_memory_is_stated_for_what_the_method_does():
+    model = network()
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
+
+    def stated(tokens, **given):
+        given = {"solved": False, "symmetric": True, "bits": 4, "file_bytes": 10**9, **given}
+        return needs.needs_of(model, list(model.model.layers), tokens, **given).memory
+
+    assert stated(0) == 10**9 + 2 * 4 * max(sizes)
+    # 18 copies of (48, 32), 4 squares of 48 inputs, and what 96 tokens give.
+    solved = 4 * (18 * 48 * 32 + 4 * 48**2) + 4 * 96 * (48 + 3 * 32)
+    assert stated(96, solved=True) == stated(0) + solved
+    weights = sum(p.numel() for p in model.parameters())
+    assert stated(0, symmetric=False) == max(stated(0), 10**9 + 2 * weights)
+
+
 def test_a_full_disk_is_refused_before_anything_is_written(folder, monkeypatch):
     class Full:
         f_bavail, f_frsize = 1, 1024

@@ -116,6 +116,8 @@ def quantize_folder(
         network,
         job.blocks,
         0 if tokens is None else tokens.numel(),
+        solved=tokens is not None and "samples" in used,
+        symmetric=used.get("symmetric") is not False,
         bits=float(used.get("bits", 8)),
         file_bytes=checkpoint.file_bytes,
     )

@@ -16,8 +16,8 @@ from tersor.errors import OptionError, OutputError
 GB = 10**9
 _FIXED = GB
 """Python, torch and transformers, and the elements that are looked at together."""
-_MATRICES = 5
-"""Square matrices of its inputs that a layer needs while its codes are chosen."""
+_WEIGHTS, _MOMENTS = 18, 4
+"""Copies of the largest weight, and squares of its inputs, while its codes are chosen by GPTQ."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,37 @@ class Needs:
 
 
 def needs_of(
-    model: nn.Module, blocks: Sequence[nn.Module], tokens: int, *, bits: float, file_bytes: int
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    tokens: int,
+    *,
+    solved: bool,
+    symmetric: bool,
+    bits: float,
+    file_bytes: int,
 ) -> Needs:
-    """What quantizing `model`, which has no values, with so many tokens takes.
+    """What quantizing `model`, which has no values, takes.
 
+    tokens: of calibration data; solved: whether codes are chosen by what weights are given
+    symmetric: whether codes have no zero points, from which they would be counted in the file
     bits: that a weight takes in the file, about; file_bytes: of the checkpoint
     """
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    widest = max(
-        max((p.shape[-1] for p in b.parameters() if p.dim() > 1), default=0) for b in blocks
-    )
-    narrow = min(
-        (p.numel() for b in blocks for p in b.parameters() if p.dim() == 1), default=widest
-    )
+    inside = [p for block in blocks for p in block.parameters()]
+    matrices = [p for p in inside if p.dim() > 1]
+    widest = max((p.shape[-1] for p in matrices), default=0)
+    width = min((p.numel() for p in inside if p.dim() == 1), default=widest)
     memory = _FIXED + 2 * 4 * max(sizes)
-    if tokens:
-        memory += _MATRICES * 4 * widest**2 + 4 * tokens * (widest + 3 * narrow)
+    if solved:
+        largest = max((p.numel() for p in matrices), default=0)
+        memory += 4 * (_WEIGHTS * largest + _MOMENTS * widest**2)
+        memory += 4 * tokens * (widest + 3 * width)
     weights = sum(p.numel() for p in model.parameters())
+    if not symmetric:
+        # All of these differences are in memory before the first is written.
+        memory = max(memory, _FIXED + 2 * weights)
     # A byte for each code, and scales.
-    work = round(1.1 * weights) + 2 * 4 * tokens * narrow
+    work = round(1.1 * weights) + 2 * 4 * tokens * width
     # The chunks wait in a file of their own until the header is known.
     out = 2 * min(file_bytes, round(1.1 * bits / 8 * weights))
     return Needs(len(sizes), tokens, 4 * max(sizes), memory, work, out)
