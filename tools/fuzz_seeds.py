@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import make_golden
 from make_golden import network, values
 from tersor.codec import save
-from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, NofM, Trellis
+from tersor.forms import Affine, Bitmask, BitPlanes, BlockFloat, Codebook, Dense, NofM, Residual, Trellis
 from tersor.surgery import hold
 
 BASES = {"changes": "max", "trained": "floats"}
@@ -70,7 +70,7 @@ class Types(nn.Module):
 
 def forms() -> nn.Module:
     """One layer in each form, some inside others."""
-    net = network(*(nn.Linear(8, 8) for _ in range(8)))
+    net = network(*(nn.Linear(8, 8) for _ in range(10)))
     some = net[0].weight.detach().relu()
     pairs = net[1].weight.detach() * (torch.arange(8) % 4 < 2)
     codes = Affine.encode(some, bits=4)
@@ -82,7 +82,17 @@ def forms() -> nn.Module:
     hold(net[5], "weight", Dense.encode(net[5].weight, dtype=torch.float16))
     hold(net[6], "weight", BlockFloat.encode(net[6].weight))
     hold(net[7], "weight", BlockFloat.encode(net[7].weight, format="mxfp4"))
+    hold(net[9], "weight", BitPlanes.encode(net[9].weight))
+    hold(net[8], "weight", corrected(net[8].weight.detach()))
     return net
+
+
+def corrected(weight: Tensor) -> Residual:
+    """3-bit codes, and factors of two kinds beside them."""
+    left, right = weight[:, :2], weight[:2].bfloat16()
+    form = Residual(weight, left, right, axis=0, shape=(8, 8), dtype=torch.float32)
+    hold(form, "base", Affine.encode(weight, bits=3))
+    return cast("Residual", hold(form, "left", Affine.encode(left, bits=8, axis=1)))
 
 
 def tiny() -> nn.Module:

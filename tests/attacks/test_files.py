@@ -49,7 +49,16 @@ def test_seeds_load_and_have_every_coder_and_form(seeds):
     coders = {run[0] for header in headers for run in header["runs"]}
     assert coders >= {"fast", "small", "max", "floats", "exponents", "planes", "raw"}
     texts = " ".join(map(str, headers))
-    for form in ("affine", "bitmask", "block_float", "codebook", "dense", "nofm", "trellis"):
+    for form in (
+        "affine",
+        "bitmask",
+        "block_float",
+        "codebook",
+        "dense",
+        "nofm",
+        "residual",
+        "trellis",
+    ):
         assert f"'{form}'" in texts
 
 
