@@ -1,0 +1,90 @@
+"""LSQ at two bits, weights and activations: LeNet-300-100 on MNIST, trained here first.
+
+python bench/lsq.py            ten minutes on one idle core; writes bench/results/lsq.json
+"""
+
+import copy
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import numpy as np
+import torch
+from _record import record
+from torch import Tensor, nn
+from torch.nn import functional
+
+import tersor
+import zoo
+from tersor.methods.quantize.lsq import lsq
+from tersor.task import classification
+
+EPOCHS = {"fp32": 20, "lsq": 10}
+
+
+def images(split: str) -> tuple[Tensor, Tensor]:
+    """MNIST in 0..1, and labels."""
+    with np.load(zoo.DATA / "mnist.npz") as arrays:
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    return torch.from_numpy(x).float() / 255, torch.from_numpy(y).long()
+
+
+def lenet(epochs: int) -> nn.Module:
+    """LeNet-300-100 (LeCun et al. 1998, section III.C.4), trained with Adam and half a cosine."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(),
+        *(nn.Linear(784, 300), nn.ReLU()),
+        *(nn.Linear(300, 100), nn.ReLU()),
+        nn.Linear(100, 10),
+    )
+    x, y = images("train")
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    steps = epochs * -(-len(x) // 128)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(128):
+            optimizer.zero_grad()
+            functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return net.eval()
+
+
+def main() -> None:
+    """Trains, quantizes with 8 and with 2 bits at the ends, and records errors in percent."""
+    torch.set_num_threads(1)
+    task = classification(train=images("train"), test=images("test"), batch_size=128)
+
+    def error(model: nn.Module) -> float:
+        return round(100 - task.evaluate(model)["accuracy"], 2)
+
+    started = time.perf_counter()
+    net = lenet(EPOCHS["fp32"])
+    figures: dict[str, Any] = {
+        "fp32": {"error": error(net), "seconds": round(time.perf_counter() - started, 1)}
+    }
+    print(figures, flush=True)
+    for ends in (8, 2):
+        started = time.perf_counter()
+        done = lsq(copy.deepcopy(net), task, ends=ends, epochs=EPOCHS["lsq"])
+        seconds = round(time.perf_counter() - started, 1)
+        with tempfile.TemporaryDirectory() as folder:
+            size = tersor.save(done, Path(folder) / "m.tersor", graph=False).stat().st_size
+        figures[f"W2A2, ends at {ends} bits"] = {
+            "error": error(done),
+            "points_more": round(error(done) - figures["fp32"]["error"], 2),
+            "bytes": size,
+            "seconds": seconds,
+            "outcome": done.recipe.steps[-1].outcome,
+        }
+        print(figures, flush=True)
+        record("lsq", figures)
+
+
+if __name__ == "__main__":
+    main()
