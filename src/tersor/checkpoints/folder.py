@@ -16,11 +16,11 @@ from tersor.checkpoints.calls import token_embedding
 from tersor.checkpoints.ends import decoded_rows, write_rounded
 from tersor.checkpoints.job import Job, about, begin, known
 from tersor.checkpoints.layout import held_names
-from tersor.checkpoints.needs import check_room, needs_of
+from tersor.checkpoints.needs import Needs, check_room, needs_of
 from tersor.checkpoints.packing import Progress, Silent
 from tersor.checkpoints.parts import read_part
 from tersor.checkpoints.skeleton import blocks_of, skeleton_of, without_weights
-from tersor.checkpoints.source import open_checkpoint
+from tersor.checkpoints.source import Checkpoint, open_checkpoint
 from tersor.checkpoints.tokens import check_tokens
 from tersor.checkpoints.weights import Weights
 from tersor.codec import check_apart, check_profile
@@ -96,42 +96,15 @@ def quantize_folder(
     told = progress or Silent()
     used = _options(method, options)
     checkpoint = open_checkpoint(folder)
-    check_apart(out, [checkpoint.path, *(s.path for s in checkpoint.shards)], f"{out} is the input")
-    network = skeleton_of(Path(folder)) if model is None else without_weights(model)
+    sources = [checkpoint.path, *(shard.path for shard in checkpoint.shards)]
+    check_apart(out, sources, f"out={out} is what the file is made from")
     held = held_names(checkpoint)
-    weights = Weights(network, held)
-    path, blocks = blocks_of(network)
-    chosen, outer = _sites(network, path, len(blocks), used)
-    tokens = None
-    if calibration is not None:
-        table = token_embedding(network)
-        tokens = check_tokens(calibration, len(table.weight) if table is not None else 2**31)
-    job = Job(
-        Path(work) if work is not None else out.with_name(f"{out.name}.work"),
-        *(network, path, list(blocks), weights, method, used, chosen, tokens),
-    )
-    what = about(checkpoint, method, used, ends, tokens)
-    going_on = known(job.folder, what)
-    needs = needs_of(
-        network,
-        job.blocks,
-        0 if tokens is None else tokens.numel(),
-        solved=tokens is not None and "samples" in used,
-        symmetric=used.get("symmetric") is not False,
-        bits=float(used.get("bits", 8)),
-        file_bytes=checkpoint.file_bytes,
-    )
-    check_room(needs, job.folder, out, memory, job.bytes_done)
-    told.doing(str(needs))
-    if going_on:
-        job.clear_drafts()
-    else:
-        told.doing("looking at the weights")
-        for _ in weights.check_finite():
-            pass
-        begin(job.folder, what)
-    told.plan(len(job.blocks))
+    network = skeleton_of(Path(folder)) if model is None else without_weights(model)
+    place = out.with_name(f"{out.name}.work") if work is None else Path(work)
+    job, outer = _job(place, network, Weights(network, held), method, used, calibration)
     rounded = [] if ends is None else [site for site in outer if _sliced(site)]
+    needs = _begun(job, checkpoint, ends, out, memory, told)
+    told.plan(len(job.blocks))
     try:
         _round_ends(job, rounded, ends)
         finished = Blockwise(job, _table(job, rounded)).run(_teller(told))
@@ -157,6 +130,57 @@ def quantize_folder(
         seconds=time.monotonic() - started,
         notes=[f'"{site.name}" is kept as it is' for site in outer if site not in rounded],
     )
+
+
+def _job(
+    place: Path,
+    network: nn.Module,
+    weights: Weights,
+    method: str,
+    options: dict[str, Any],
+    calibration: Tensor | None,
+) -> tuple[Job, list[Site]]:
+    """What is to be done in the blocks, and the chosen weights outside of them."""
+    path, blocks = blocks_of(network)
+    chosen, outer = _sites(network, path, len(blocks), options)
+    tokens = None
+    if calibration is not None:
+        table = token_embedding(network)
+        tokens = check_tokens(calibration, len(table.weight) if table is not None else 2**31)
+    found = Job(place, network, path, list(blocks), weights, method, options, chosen, tokens)
+    return found, outer
+
+
+def _begun(
+    job: Job,
+    checkpoint: Checkpoint,
+    ends: int | None,
+    out: Path,
+    memory: float | None,
+    told: Progress,
+) -> Needs:
+    """States what is needed, refuses where that is not there, and makes or takes up the folder."""
+    what = about(checkpoint, job.method, job.options, ends, job.tokens)
+    going_on = known(job.folder, what)
+    needs = needs_of(
+        job.model,
+        job.blocks,
+        0 if job.tokens is None else job.tokens.numel(),
+        solved=job.tokens is not None and "samples" in job.options,
+        symmetric=job.options.get("symmetric") is not False,
+        bits=float(job.options.get("bits", 8)),
+        file_bytes=checkpoint.file_bytes,
+    )
+    check_room(needs, job.folder, out, memory, job.bytes_done)
+    told.doing(str(needs))
+    if going_on:
+        job.clear_drafts()
+    else:
+        told.doing("looking at the weights")
+        for _ in job.weights.check_finite():
+            pass
+        begin(job.folder, what)
+    return needs
 
 
 def _options(method: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
