@@ -15,7 +15,7 @@ from tersor.surgery import walk
 from tersor.task import classification
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_comes_near_the_best_of_all_roundings(seed):
     weight, moments = skewed(1, 10, 1.5, seed)
     problem, found = Problem.of(weight, moments), levels(weight, 3)
@@ -25,7 +25,7 @@ def test_comes_near_the_best_of_all_roundings(seed):
         float(problem.error(found.dense((below + torch.tensor(up)).clamp(found.low, found.high))))
         for up in itertools.product((0.0, 1.0), repeat=10)
     ]
-    reached = float(problem.error(found.dense(rounded(problem, found, 1000))))
+    reached = float(problem.error(found.dense(rounded(problem, found, 400))))
     assert min(errors) - 1e-12 <= reached
     # Of 1,024 roundings at most one in ten is better.
     assert sum(error < reached - 1e-12 for error in errors) <= 102

@@ -52,16 +52,11 @@ def affine_layers(
                 f"symmetric=False cannot keep the zeros of the pruned layer {site.name!r} of shape "
                 f"{tuple(site.weight.shape)}; use symmetric=True"
             )
-    sparse = {site.name: site.form for site in chosen}
 
     def quantize(layer: Layer) -> Affine:
-        form = affine(
+        return affine(
             layer, bits=bits, group_size=group_size, symmetric=symmetric, choose=codes or best_codes
         )
-        before = sparse[layer.site.name]
-        if before is not None:
-            keep_zeros(form, before)  # type: ignore[arg-type]
-        return form
 
     layerwise(model, task, chosen, quantize, samples=samples, original=original)
     return model
@@ -70,7 +65,7 @@ def affine_layers(
 def affine(
     layer: Layer, *, bits: int, group_size: int | None, symmetric: bool, choose: Coding
 ) -> Affine:
-    """The codes of one weight."""
+    """The codes of one weight, sparse ones where it was pruned."""
     codes, levels = [], []
     for part in problems(layer):
         found = levels_of(
@@ -85,7 +80,7 @@ def affine(
         levels.append(found)
     weight = layer.site.weight
     zero = torch.cat([each.zero for each in levels])
-    return Affine(
+    form = Affine(
         torch.cat(codes).to(torch.int8),
         torch.cat([each.scale for each in levels]).to(torch.bfloat16),
         None if symmetric else zero.to(torch.int8),
@@ -95,6 +90,9 @@ def affine(
         shape=tuple(weight.shape),
         dtype=weight.dtype,
     )
+    if layer.sparse is not None:
+        keep_zeros(form, layer.sparse)
+    return form
 
 
 def problems(layer: Layer) -> list[Problem]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import ModelError, OptionError
+from tersor.forms import Bitmask, NofM
 from tersor.forms.form import Form, rows
 from tersor.measure import evaluating
 from tersor.measure.lockstep import Bring, Pass, lockstep
@@ -55,13 +56,20 @@ class Layer:
 
     matrix: (outputs, inputs) float32
     moments: None for a weight that no product was seen of, such as a table's
-    zeros: (outputs, inputs) bool, where it was pruned; None if it was not
+    sparse: what held it, if it was pruned
     """
 
     site: Site
     matrix: Tensor
     moments: Moments | None = None
-    zeros: Tensor | None = None
+    sparse: Bitmask | NofM | None = None
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """(outputs, inputs) bool, where it was pruned; None if it was not."""
+        if self.sparse is None:
+            return None
+        return rows(self.sparse.dense(), self.site.axis) == 0
 
 
 Quantize = Callable[[Layer], Form]
@@ -108,6 +116,24 @@ def layerwise(
             in_order(here, quantize, there)
 
 
+def layers_of(model: nn.Module, task: Task, sites: Sequence[Site], *, samples: int) -> list[Layer]:
+    """The weights as they are, with the moments of the network as it is; nothing is changed.
+
+    Those held by sparse forms become plain.
+    """
+    plain(sites)
+    sparse = {site.name: _released(site) for site in sites}
+    watch = _Adding(sites)
+    with evaluating(model), unfused(), unfused_recurrence(model), torch.no_grad(), watch:
+        for batch in task.calibration(samples):
+            task.predict(model, batch)
+    found = {name: total.moments() for name, total in watch.sums.items()}
+    return [
+        Layer(site, rows(site.weight, site.axis).float(), found.get(site.name), sparse[site.name])
+        for site in sites
+    ]
+
+
 def plain(sites: Sequence[Site]) -> None:
     """Checks that no weight is quantized already, in any place. Raises OptionError."""
     for site in sites:
@@ -124,7 +150,7 @@ def in_order(here: Passes, quantize: Quantize, there: Passes | None = None) -> N
 
     Weights are changed in place as the calls come to them, and held at the end.
     """
-    zeros = {site.name: _released(site) for site in here.sites}
+    sparse = {site.name: _released(site) for site in here.sites}
     if there is not None:
         for site in there.sites:
             _released(site)
@@ -132,7 +158,7 @@ def in_order(here: Passes, quantize: Quantize, there: Passes | None = None) -> N
 
     def take(site: Site, moments: Moments | None) -> None:
         matrix = rows(site.weight, site.axis).float()
-        form = quantize(Layer(site, matrix, moments, zeros[site.name]))
+        form = quantize(Layer(site, matrix, moments, sparse[site.name]))
         site.weight.copy_(form.dense())
         forms[site.name] = form
 
@@ -147,17 +173,17 @@ def in_order(here: Passes, quantize: Quantize, there: Passes | None = None) -> N
         site.hold(forms[site.name])
 
 
-def _released(site: Site) -> Tensor | None:
-    """Makes the weight plain; where it was pruned."""
+def _released(site: Site) -> Bitmask | NofM | None:
+    """Makes the weight plain, and returns what held it if it was pruned."""
     for layer, attribute in site.uses:
         bake(layer, attribute)
-    if site.form is None:
+    held = sparse_form(site.form)
+    if held is None:
         return None
-    zeros = rows(site.weight, site.axis) == 0
     parameter: nn.Parameter | None = None
     for layer, attribute in site.uses:
         parameter = release(layer, attribute, parameter)
-    return zeros
+    return held
 
 
 class _Uses(Products):  # type: ignore[no-untyped-call]

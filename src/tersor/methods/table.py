@@ -6,16 +6,19 @@ from torch import nn
 
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.adaround import adaround
+from tersor.methods.quantize.binary import binary
 from tersor.methods.quantize.cast import cast
 from tersor.methods.quantize.dynamic import dynamic
 from tersor.methods.quantize.entropy import entropy
 from tersor.methods.quantize.fp4 import fp4
 from tersor.methods.quantize.gptq import gptq
+from tersor.methods.quantize.hqq import hqq
 from tersor.methods.quantize.lsq import lsq
 from tersor.methods.quantize.mixed import mixed
 from tersor.methods.quantize.qronos import qronos
 from tersor.methods.quantize.rtn import rtn
 from tersor.methods.quantize.static import static
+from tersor.methods.quantize.ternary import ternary
 from tersor.methods.quantize.trellis import trellis
 from tersor.methods.recover.batchnorm import batchnorm
 from tersor.methods.recover.bias import bias
@@ -36,6 +39,9 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "quantize.adaround": adaround,
     "quantize.mixed": mixed,
     "quantize.fp4": fp4,
+    "quantize.hqq": hqq,
+    "quantize.ternary": ternary,
+    "quantize.binary": binary,
     "quantize.entropy": entropy,
     "quantize.trellis": trellis,
     "quantize.lsq": lsq,

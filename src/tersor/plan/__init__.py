@@ -1,6 +1,6 @@
 """Planning: a budget, what each choice costs, and the one verb that meets the budget."""
 
-from tersor.plan.allocate import allocate
+from tersor.methods.allocate import allocate
 from tersor.plan.budget import Budget, Limit
 from tersor.plan.compress import Result, compress
 

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.codec import coded_bytes
 from tersor.errors import ModelError
-from tersor.plan.allocate import allocate
+from tersor.methods.allocate import allocate
 from tersor.plan.choices import Choice, choices_for, form_for, recipe_for
 from tersor.plan.progress import Bar
 from tersor.plan.route import Plan, Route, Rows

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tersor.errors import BudgetError
-from tersor.plan.allocate import allocate
+from tersor.methods.allocate import allocate
 
 
 def brute_force(options, limit):
