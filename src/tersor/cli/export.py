@@ -14,15 +14,16 @@ class Target(StrEnum):
     """Runtimes that there is an exporter for."""
 
     onnx = "onnx"
+    openvino = "openvino"
 
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, typer.Option(help="File to write; of OpenVINO's two, the .xml.")],
     to: Annotated[Target, typer.Option(help="Format of the file.")] = Target.onnx,
     data: Data = None,
     like: Like = None,
-    opset: Annotated[int, typer.Option(help="ONNX operator set, 21 to 25.")] = 21,
+    opset: Annotated[int, typer.Option(help="Of ONNX: operator set, 21 to 25.")] = 21,
 ) -> Answer:
     """Writes a model for another runtime, its weights as small as they are, and checks the file.
 
@@ -31,7 +32,7 @@ def export(
     """
     from tersor.cli.opening import example_for, opened
     from tersor.errors import TaskError
-    from tersor.export import to_onnx
+    from tersor.export import to_onnx, to_openvino
     from tersor.report.views import export_view
 
     source, task = opened(model, data, like=like)
@@ -42,6 +43,9 @@ def export(
             "some; give --data"
         )
         raise TaskError(". ".join([missing, *notes]))
-    figures = to_onnx(source.model, out, example=example, opset=opset).as_json()
+    if to is Target.openvino:
+        figures = to_openvino(source.model, out, example=example).as_json()
+    else:
+        figures = to_onnx(source.model, out, example=example, opset=opset).as_json()
     figures["notes"] = [*notes, *figures["notes"]]
     return Answer(figures, lambda: export_view(figures))

@@ -2,5 +2,14 @@
 
 from tersor.export.onnx import Exported, require, to_onnx
 from tersor.export.onnx_run import OnnxModel
+from tersor.export.openvino import ExportedOpenvino, OpenvinoModel, to_openvino
 
-__all__ = ["Exported", "OnnxModel", "require", "to_onnx"]
+__all__ = [
+    "Exported",
+    "ExportedOpenvino",
+    "OnnxModel",
+    "OpenvinoModel",
+    "require",
+    "to_onnx",
+    "to_openvino",
+]

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import MissingExtra, OptionError
-from tersor.export.onnx_check import Difference, Session, check_bytes, check_outputs, fused
+from tersor.export.compared import Difference, Trial
+from tersor.export.onnx_check import Session, check_bytes, check_outputs, fused
 from tersor.export.onnx_file import SINGLE_FILE_LIMIT, replaced, save
 from tersor.export.onnx_layers import Layer, layers_of
 from tersor.export.onnx_trace import build
@@ -103,7 +104,7 @@ def to_onnx(
     if tolerance is not None and not 0 < tolerance < 1:
         raise OptionError(f"tolerance={tolerance} is relative to the largest output; try 1e-4")
     reference = copy.deepcopy(model).cpu().eval()
-    args, kwargs = _as_call(example)
+    args, kwargs = as_call(example)
     with torch.no_grad(), replaced(Path(path)) as temporary:
         wanted, tensors = call_of(reference, args, kwargs)
         call, _ = call_of(copy.deepcopy(reference), args, kwargs)
@@ -114,10 +115,8 @@ def to_onnx(
         counts: dict[str, int] = {}
         allowed = tolerance or (GRID_TOLERANCE if graph.grids else TOLERANCE)
         if check:
-            rounded = graph.grids > 0
-            found = check_outputs(
-                wanted, tensors, temporary, graph.inputs, allowed, rounded=rounded
-            )
+            trial = Trial.of(wanted, tensors, graph.inputs)
+            found = check_outputs(trial, temporary, allowed, rounded=graph.grids > 0)
             counts = fused(temporary) if size < SINGLE_FILE_LIMIT else {}
     return Exported(
         path=Path(path),
@@ -155,7 +154,8 @@ def _notes(
     return notes
 
 
-def _as_call(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One batch as the arguments of a call, on the CPU."""
     if isinstance(example, Mapping):
         return (), {name: _on_cpu(value) for name, value in example.items()}
     given = example if isinstance(example, tuple) else (example,)

@@ -54,9 +54,7 @@ def _rows(form: Affine, ids: Any, writer: Writer, narrow: bool) -> Any:
         levels = _unpacked(
             writer.op("Gather", writer.store("codes", pack(codes)), ids), writer, rank
         )
-        levels = writer.op(
-            "Sub", writer.cast(levels, torch.float32), writer.constant(torch.tensor(8.0))
-        )
+        levels = writer.op("Sub", levels, writer.constant(torch.tensor(8.0)))
     else:
         table = writer.store("codes", codes, form.bits)
         levels = writer.cast(writer.op("Gather", table, ids), torch.float32)
@@ -79,11 +77,12 @@ def _per_row(tensor: Tensor, role: str, ids: Any, writer: Writer) -> Any:
 
 
 def _unpacked(packed: Any, writer: Writer, rank: int) -> Any:
-    """(..., n) bytes to (..., 2 n) numbers below 16, the low half of each byte first."""
-    mask = writer.constant(torch.tensor(15, dtype=torch.uint8))
-    four = writer.constant(torch.tensor(4, dtype=torch.uint8))
-    low = writer.op("BitwiseAnd", packed, mask)
-    high = writer.op("BitShift", packed, four, direction="RIGHT")
+    """(..., n) bytes to (..., 2 n) floats below 16, the low half of each byte first."""
+    # In floats, where it is exact: OpenVINO shifts bytes otherwise than ONNX.
+    bytes_ = writer.cast(packed, torch.float32)
+    sixteen = writer.constant(torch.tensor(16.0))
+    high = writer.op("Floor", writer.op("Div", bytes_, sixteen))
+    low = writer.op("Sub", bytes_, writer.op("Mul", high, sixteen))
     last = writer.numbers(-1)
     pair = writer.op(
         "Concat", *(writer.op("Unsqueeze", half, last) for half in (low, high)), axis=-1

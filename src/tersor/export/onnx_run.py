@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import mmap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from tersor.errors import ExportError, MissingExtra, ModelError
+from tersor.export.deployed import Deployed
 from tersor.export.onnx_names import GRIDS, METADATA
 from tersor.export.onnx_trace import first_line
-from tersor.program.skeleton import Record
 
 _TYPES = {
     "tensor(float)": torch.float32,
@@ -29,7 +27,7 @@ _TYPES = {
 }
 
 
-class OnnxModel(nn.Module):
+class OnnxModel(Deployed):
     """An ONNX file that is called like the model it was exported from, on the CPU.
 
     Inputs go by position or by name, outputs come back arranged as the model arranged them. A file
@@ -47,13 +45,12 @@ class OnnxModel(nn.Module):
             where the file has grids, which as floats would be slower than no grids
         threads: None for as many as torch uses
         """
-        super().__init__()
-        self.path = Path(path)
-        if not self.path.is_file():
+        path = Path(path)
+        if not path.is_file():
             raise ModelError(f"{path} is no file; write one with tersor.export.to_onnx")
-        decode = not has_grids(self.path) if decode is None else decode
+        decode = not has_grids(path) if decode is None else decode
         try:
-            self._session = session(self.path, decode=decode, threads=threads)
+            runner = session(path, decode=decode, threads=threads)
         except MissingExtra:
             raise
         except Exception as error:
@@ -61,53 +58,15 @@ class OnnxModel(nn.Module):
                 f"ONNX Runtime cannot load {path}: {first_line(error)}; export it again, or with "
                 "another opset"
             ) from error
-        given = self._session.get_inputs()
-        self._types = {value.name: _TYPES.get(value.type, torch.float32) for value in given}
-        stored = self._session.get_modelmeta().custom_metadata_map.get(METADATA)
-        names = [value.name for value in self._session.get_outputs()]
-        call = json.loads(stored) if stored else {}
-        self._inputs: dict[str, Any] = call.get("inputs") or {name: name for name in self._types}
-        tensors = [{"tensor": name} for name in names]
-        self._output = call.get("output") or (
-            tensors[0] if len(tensors) == 1 else {"tuple": tensors}
-        )
+        types = {value.name: _TYPES.get(value.type, torch.float32) for value in runner.get_inputs()}
+        stored = runner.get_modelmeta().custom_metadata_map.get(METADATA)
+        names = [value.name for value in runner.get_outputs()]
+        super().__init__(path, types, names, json.loads(stored) if stored else {})
+        self._session = runner
 
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the arguments, in their order."""
-        return list(self._inputs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs, as torch tensors."""
-        given = dict(zip(self._inputs, args, strict=False)) | kwargs
-        unknown = given.keys() - self._inputs.keys()
-        if unknown or len(args) > len(self._inputs):
-            raise ModelError(
-                f"{self.path.name} takes {self.input_names}, not {len(args)} inputs by position "
-                f"and {sorted(kwargs)} by name"
-            )
-        feed: dict[str, Any] = {}
-        for name, tree in self._inputs.items():
-            self._collect(tree, given.get(name), name, feed)
-        names = [value.name for value in self._session.get_outputs()]
-        found = self._session.run(None, feed)
-        tensors = {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
-        return _arranged(self._output, tensors)
-
-    def _collect(self, tree: Any, value: Any, name: str, feed: dict[str, Any]) -> None:
-        if isinstance(tree, str):
-            if not isinstance(value, Tensor):
-                raise ModelError(
-                    f"input {name!r} of {self.path.name} must be a tensor, not {value!r}"
-                )
-            if tree in self._types:
-                feed[tree] = value.detach().cpu().to(self._types[tree]).contiguous().numpy()
-        elif isinstance(tree, Mapping):
-            for key, part in tree.items():
-                self._collect(part, value[key], f"{name}.{key}", feed)
-        elif isinstance(tree, list):
-            for index, part in enumerate(tree):
-                self._collect(part, value[index], f"{name}.{index}", feed)
+    def _run(self, feed: dict[str, Any]) -> list[Any]:
+        found: list[Any] = self._session.run(None, feed)
+        return found
 
 
 def has_grids(path: Path) -> bool:
@@ -139,18 +98,3 @@ def session(
     if decode:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _arranged(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    ((kind, content),) = tree.items()
-    match kind:
-        case "tensor":
-            return tensors[content]
-        case "list":
-            return [_arranged(part, tensors) for part in content]
-        case "tuple":
-            return tuple(_arranged(part, tensors) for part in content)
-        case "dict" | "record":
-            fields = {name: _arranged(part, tensors) for name, part in content.items()}
-            return Record(fields) if kind == "record" else fields
-    return content

@@ -210,10 +210,14 @@ def export_view(found: Data) -> RenderableType:
         )
         for row in found["layers"][:ROWS]
     ]
-    said = [f"{found['path']}: {figures.size(found['bytes'])}, opset {found['opset']}"]
-    for key, words in (("difference", "decoded"), ("default_difference", "default session")):
+    said = [f"{found['path']}: {figures.size(found['bytes'])}"]
+    said += [f"opset {found['opset']}"] if "opset" in found else []
+    for key, words in (("difference", "exact session"), ("default_difference", "default session")):
         if found.get(key):
             said.append(f"largest relative difference {found[key]['relative']:.1e} ({words})")
+    products = found.get("fused") or found.get("products")
+    if products:
+        said.append(", ".join(f"{count} {kind}" for kind, count in products.items()))
     head = ["weight", "shape", "stored as", "bytes", ""]
     return Group(
         Text("; ".join(said), style="green"),

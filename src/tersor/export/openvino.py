@@ -1,0 +1,286 @@
+"""Writes a compressed model as an OpenVINO file, whose weights stay compressed, and proves it.
+
+The way leads over the ONNX file: what `onnx` says about forms and grids holds here as well. What
+lies on a grid is multiplied in integers. For the rest OpenVINO takes bfloat16 where the processor
+has it, and rounds activations beside coded weights to 8 bits; an exact session keeps float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.errors import ExportError, MissingExtra, ModelError, OptionError
+from tersor.export.compared import Difference, Trial, require_close
+from tersor.export.deployed import Deployed
+from tersor.export.onnx import GRID_TOLERANCE, TOLERANCE, Exported, Inputs, as_call, to_onnx
+from tersor.export.onnx_file import replaced
+from tersor.export.onnx_layers import Layer
+from tersor.export.onnx_names import METADATA
+from tersor.export.onnx_trace import first_line
+from tersor.forms import Affine, BlockFloat
+from tersor.program.call import call_of
+from tersor.surgery.hold import held
+
+_KEY = METADATA.split(".")
+_TYPES = {
+    "f32": torch.float32,
+    "f64": torch.float64,
+    "f16": torch.float16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "boolean": torch.bool,
+    "u8": torch.uint8,
+    "i8": torch.int8,
+}
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+_PRODUCTS = frozenset(("Convolution", "Deconvolution", "FullyConnected", "MatMul"))
+
+
+@dataclass(frozen=True)
+class ExportedOpenvino:
+    """A written OpenVINO file and what was found when it was checked.
+
+    bytes: size of the .xml and the .bin file together
+    inputs: name -> sizes; a free size has a name, a fixed one is a number
+    layers: what each weight became
+    difference: from torch in an exact session
+    default_difference: from torch with OpenVINO's own choice of precision
+    grids: how many values are rounded to integers on a grid
+    products: convolutions and matrix products by the precision that an exact session runs them in,
+        "Convolution u8" -> 19
+    notes: what a user must not overlook, as sentences
+    """
+
+    path: Path
+    bytes: int
+    runtime: str | None
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    difference: Difference | None
+    default_difference: Difference | None
+    grids: int
+    products: dict[str, int]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return plain
+
+
+def to_openvino(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example: Inputs,
+    check: bool = True,
+    tolerance: float | None = None,
+) -> ExportedOpenvino:
+    """Writes `model` to `path`, a name that ends in .xml, and to the .bin file beside it.
+
+    example: one batch: a tensor, a tuple for model(*x) or a dict for model(**x)
+    check: run the file and compare its outputs with torch's, on the example and on a larger batch
+    tolerance: largest difference allowed, relative to the largest output; as in `to_onnx`
+
+    Raises ExportError when the model cannot be exported or outputs differ; what was at `path`
+    before is then still there.
+    """
+    path = Path(path)
+    require_openvino()
+    if path.suffix != ".xml":
+        raise OptionError(f"{path} does not end in .xml, by which OpenVINO knows its files")
+    _check_groups(model)
+    with tempfile.TemporaryDirectory() as folder, replaced(path) as temporary:
+        onnx, graph = _graph(model, Path(folder) / "model.onnx", example)
+        graph.set_rt_info(_call_of_file(onnx.path), _KEY)
+        _save(graph, temporary)
+        size = sum(file.stat().st_size for file in temporary.parent.iterdir())
+        done = _exported(onnx, path, size)
+        return _checked(done, model, example, temporary, tolerance) if check else done
+
+
+def _graph(model: nn.Module, path: Path, example: Inputs) -> tuple[Exported, Any]:
+    """The ONNX file at `path`, and OpenVINO's reading of it."""
+    import openvino
+
+    done = to_onnx(model, path, example=example, check=False)
+    try:
+        return done, openvino.Core().read_model(path)
+    except RuntimeError as error:
+        raise ExportError(
+            f"OpenVINO does not read the ONNX file: {_reason(error)}; export to ONNX alone"
+        ) from error
+
+
+def _check_groups(model: nn.Module) -> None:
+    """OpenVINO 2026.4 ends the process on a matrix whose last group is cut short."""
+    for name, form in held(model):
+        if not isinstance(form, Affine | BlockFloat) or len(form.shape) != 2:
+            continue
+        size = form.group_size
+        if size and form.codes.shape[1] % size:
+            raise OptionError(
+                f"group_size={size} cuts the last group of {name!r} of shape {form.shape} short, "
+                "which OpenVINO does not take; choose a size that divides the inputs"
+            )
+
+
+def _reason(error: RuntimeError) -> str:
+    """What OpenVINO says after the places in its own code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    own = [line for line in lines if "src/" not in line and not line.endswith(":")]
+    return own[0] if own else first_line(error)
+
+
+def _save(graph: Any, path: Path) -> None:
+    import openvino
+
+    openvino.save_model(graph, path, compress_to_fp16=False)
+
+
+def _call_of_file(path: Path) -> str:
+    """How the inputs and outputs are arranged, and the names of the outputs in their order."""
+    import onnx
+
+    proto = onnx.load(path)
+    stored = {entry.key: entry.value for entry in proto.metadata_props}
+    names = [value.name for value in proto.graph.output]
+    return json.dumps({**json.loads(stored[METADATA]), "names": names})
+
+
+def _exported(onnx: Exported, path: Path, size: int) -> ExportedOpenvino:
+    notes = list(onnx.notes)
+    # The graph itself, as XML, is some hundred bytes for each operator.
+    if size > 1.1 * onnx.bytes + 2**20:
+        notes.append(
+            f"the ONNX file takes {onnx.bytes} bytes, this one {size}: OpenVINO decoded weights"
+        )
+    return ExportedOpenvino(
+        path=path,
+        bytes=size,
+        runtime=None,
+        inputs=onnx.inputs,
+        outputs=onnx.outputs,
+        layers=tuple(replace(layer, note="") for layer in onnx.layers),
+        difference=None,
+        default_difference=None,
+        grids=onnx.grids,
+        products={},
+        notes=tuple(notes),
+    )
+
+
+def _checked(
+    done: ExportedOpenvino, model: nn.Module, example: Inputs, path: Path, tolerance: float | None
+) -> ExportedOpenvino:
+    """`done` with what running the file shows; raises ExportError for a difference from torch."""
+    import openvino
+
+    args, kwargs = as_call(example)
+    with torch.no_grad():
+        reference, tensors = call_of(copy.deepcopy(model).cpu().eval(), args, kwargs)
+        trial = Trial.of(reference, tensors, done.inputs)
+        found, graph = {}, openvino.Core().read_model(path)
+        for exact in (True, False):
+            runner = _compiled(graph, exact=exact)
+            outputs = [_infer(runner.create_infer_request(), feed) for feed in trial.feeds()]
+            found[exact] = trial.difference(outputs)
+            if exact:
+                products = _products(runner)
+    allowed = tolerance or (GRID_TOLERANCE if done.grids else TOLERANCE)
+    require_close(found[True], allowed)
+    notes = list(done.notes)
+    if found[False].relative > allowed:
+        notes.append(
+            "OpenVINO's own choice of precision differs from torch by "
+            f"{found[False].relative:.2g} of the largest output; INFERENCE_PRECISION_HINT=f32 and "
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE=0, or OpenvinoModel, keep float32"
+        )
+    return replace(
+        done,
+        runtime=f"openvino {openvino.__version__}",
+        difference=found[True],
+        default_difference=found[False],
+        products=products,
+        notes=tuple(notes),
+    )
+
+
+class OpenvinoModel(Deployed):
+    """An OpenVINO file that is called like the model it was exported from, on the CPU."""
+
+    def __init__(self, path: str | Path, *, exact: bool = True, threads: int | None = None) -> None:
+        """Loads the file.
+
+        exact: float32 for all that is not on a grid: the outputs of torch. False leaves the
+            precision to OpenVINO, which is quicker where the processor has bfloat16
+        threads: None for as many as torch uses
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ModelError(f"{path} is no file; write one with tersor.export.to_openvino")
+        require_openvino()
+        import openvino
+
+        try:
+            graph = openvino.Core().read_model(path)
+            compiled = _compiled(graph, exact=exact, threads=threads)
+        except RuntimeError as error:
+            raise ExportError(
+                f"OpenVINO cannot load {path}: {_reason(error)}; export it again"
+            ) from error
+        known = graph.has_rt_info(_KEY)
+        call = json.loads(graph.get_rt_info(_KEY).astype(str)) if known else {}
+        types = {
+            value.get_any_name(): _TYPES.get(
+                value.get_element_type().get_type_name(), torch.float32
+            )
+            for value in compiled.inputs
+        }
+        names = [f"output_{index}" for index in range(len(compiled.outputs))]
+        super().__init__(path, types, call.get("names", names), call)
+        self._request = compiled.create_infer_request()
+
+    def _run(self, feed: dict[str, Any]) -> list[Any]:
+        return _infer(self._request, feed)
+
+
+def require_openvino() -> None:
+    """Raises MissingExtra unless OpenVINO, and what writes the ONNX file before it, is there."""
+    for package in ("openvino", "onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra("openvino", package)
+
+
+def _compiled(graph: Any, *, exact: bool, threads: int | None = None) -> Any:
+    import openvino
+
+    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
+    core = openvino.Core()
+    return core.compile_model(graph, "CPU", {**options, **(_EXACT if exact else {})})
+
+
+def _infer(request: Any, feed: Mapping[str, Any]) -> list[Any]:
+    return list(request.infer(dict(feed)).values())
+
+
+def _products(compiled: Any) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        kind = info["layerType"].astype(str)
+        if kind in _PRODUCTS:
+            counts[f"{kind} {info['runtimePrecision'].astype(str)}"] += 1
+    return dict(sorted(counts.items()))
