@@ -187,5 +187,7 @@ def test_what_cannot_be_tuned_is_refused(task):
         scales(net(), task)
     with pytest.raises(OptionError, match="behind a quantizing step"):
         scales(net(), task, original=net())
+    with pytest.raises(OptionError, match="nothing to train"):
+        scales(run(net(), [{"method": "quantize.cast"}]), task, original=net(), vectors=False)
     with pytest.raises(TaskError, match="held-out inputs and the task has none"):
         scales(net(), classification(calibration=images(1, 1)), original=net())

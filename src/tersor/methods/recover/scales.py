@@ -113,14 +113,14 @@ def _tuned(model: nn.Module, *, vectors: bool) -> list[Trained]:
     found: list[Trained] = [
         Tuned([(form, name)], keep_zeros=True) for form in forms for name in form.tunable()
     ]
+    if vectors and outer:
+        found += [TunedNumbers(form) for form in numbers if isinstance(form, Trellis)]
+        found += [Tuned(site.uses) for site in vectors_of(model)]
     if not found:
         raise OptionError(
             f"{type(model).__name__} holds no weight with scales or shared values, so "
             "recover.scales has nothing to train; put it behind a quantizing step"
         )
-    if vectors:
-        found += [TunedNumbers(form) for form in numbers if isinstance(form, Trellis)]
-        found += [Tuned(site.uses) for site in vectors_of(model)]
     return found
 
 
