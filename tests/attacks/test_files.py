@@ -51,7 +51,7 @@ def test_seeds_load_and_have_every_coder_and_form(seeds):
     texts = " ".join(map(str, headers))
     for form in (
         "affine",
-        "bitmask",
+        "bit_planes", "bitmask",
         "block_float",
         "codebook",
         "dense",

@@ -13,7 +13,17 @@ from torch.nn.utils import parametrizations
 import zoo
 from tersor.codec import load, read_header, read_tensor, save, save_tensors, verify
 from tersor.errors import ExportError, FileError, ModelError, OptionError
-from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, FakeAffine, Form, NofM
+from tersor.forms import (
+    Affine,
+    Bitmask,
+    BitPlanes,
+    BlockFloat,
+    Codebook,
+    Dense,
+    FakeAffine,
+    Form,
+    NofM,
+)
 from tersor.program import program_of
 from tersor.program.of_model import call_arguments
 from tersor.recipe import Recipe, Step
@@ -42,11 +52,28 @@ def low_level_nested(weight):
     return hold(affine, "codes", mask)
 
 
+def fractions(weight):
+    """Codes whose zero points are no whole numbers."""
+    form = Affine.encode(weight, bits=4, group_size=5, symmetric=False)
+    return Affine(
+        form.codes,
+        form.scale.detach(),
+        form.zero.half() + 0.25,
+        **form.config(),
+        shape=form.shape,
+        dtype=form.dtype,
+        zero_bits=16,
+    )
+
+
 FORMS = {
     "affine": lambda w: Affine.encode(w, bits=4),
     "affine groups": lambda w: Affine.encode(w, bits=3, group_size=5, symmetric=False),
     "affine tensor": lambda w: Affine.encode(w, bits=1, axis=None),
+    "affine fractions": fractions,
     "affine axis": lambda w: Affine.encode(w, bits=8, axis=1),
+    "planes": lambda w: BitPlanes.encode(w, planes=3, group_size=5),
+    "planes axis": lambda w: BitPlanes.encode(w, axis=1),
     "nvfp4": BlockFloat.encode,
     "mxfp4 axis": lambda w: BlockFloat.encode(w, format="mxfp4", axis=1),
     "nvfp4 of a bitmask": lambda w: nested(BlockFloat.encode(sparse(w)), Bitmask.encode),

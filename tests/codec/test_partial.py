@@ -12,7 +12,7 @@ from torch import nn
 
 from tersor.codec import Http, Ranges, chunks, load, read_header, read_tensor, save, shelf, verify
 from tersor.errors import FileError, OptionError
-from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, NofM, Trellis
+from tersor.forms import Affine, Bitmask, BitPlanes, BlockFloat, Codebook, Dense, NofM, Trellis
 from tersor.surgery import hold
 
 WEIGHT = torch.randn(12, 8, 3, generator=torch.Generator().manual_seed(1))
@@ -24,6 +24,7 @@ FORMS = {
     "affine tensor": lambda w: Affine.encode(w, bits=4, axis=None, symmetric=False),
     "affine groups in one row": lambda w: Affine.encode(w, bits=4, axis=None, group_size=7),
     "affine axis": lambda w: Affine.encode(w, bits=8, axis=1),
+    "planes": lambda w: BitPlanes.encode(w, group_size=7),
     "nvfp4": BlockFloat.encode,
     "mxfp4": lambda w: BlockFloat.encode(w, format="mxfp4"),
     "mxfp4 axis": lambda w: BlockFloat.encode(w, format="mxfp4", axis=1),

@@ -9,7 +9,7 @@ from tersor.export.onnx_forms import as_affine, lower
 from tersor.export.onnx_products import multiply_codes
 from tersor.export.onnx_rows import gather_rows, pack
 from tersor.export.onnx_writer import Writer
-from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, NofM, Trellis
+from tersor.forms import Affine, Bitmask, BitPlanes, BlockFloat, Codebook, Dense, NofM, Trellis
 from tersor.surgery import hold
 
 ir = pytest.importorskip("onnx_ir", reason="needs the extra onnx")
@@ -199,6 +199,36 @@ def test_four_bit_floats_are_looked_up(shape, axis, format, dtype):
         "w.codes": ("INT4", math.ceil(math.prod(shape) / 2)),
         "w.scale": ("FLOAT8E4M3FN" if format == "nvfp4" else "UINT8", scales),
     }
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize(("shape", "axis"), [((6, 40), 0), ((40, 6), 1), ((5, 3, 3, 3), 0)])
+def test_planes_of_signs_are_looked_up(shape, axis, group_size, planes):
+    form = BitPlanes.encode(weight_of(shape), planes=planes, group_size=group_size, axis=axis)
+    value, writer = lowered(form)
+    assert torch.equal(value, form.dense())
+    assert writer.stored["w.codes"] == ("INT4", math.ceil(math.prod(shape) / 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("shape", [(6, 40), (5, 3, 3, 3)])
+def test_zero_points_may_be_fractions(shape, group_size, dtype):
+    whole = Affine.encode(weight_of(shape), bits=4, group_size=group_size, symmetric=False)
+    form = Affine(
+        whole.codes,
+        whole.scale,
+        whole.zero.half() + 0.3,
+        **whole.config(),
+        shape=shape,
+        dtype=dtype,
+        zero_bits=16,
+    )
+    writer = Writer("w", 21)
+    value = writer.cast(lower(form, writer), torch.float32)
+    assert torch.equal(run(value, writer), form.dense().float())
+    assert writer.stored["w.zero"] == ("FLOAT16", 2 * whole.zero.numel())
 
 
 def test_every_power_of_two_is_looked_up():

@@ -156,6 +156,64 @@ def test_extreme_ranges_stay_finite(symmetric, size):
     assert (out - weight).abs().max() <= max(4 * size / 127, tiny)
 
 
+def test_one_bit_takes_the_mean_of_the_weights_that_are_there():
+    # The last group has one weight, and what pads it has no share in its mean.
+    form = Affine.encode(torch.tensor([[1.0, -3.0, 4.0]]), bits=1, group_size=2)
+    assert form.dense().tolist() == [[2, -2, 4]]
+
+
+def fractions(codes, zero, dtype=torch.float32):
+    return Affine(
+        torch.tensor(codes, dtype=torch.int8),
+        torch.tensor([[0.5, 2.0]]).bfloat16(),
+        torch.tensor(zero, dtype=torch.float16),
+        bits=4,
+        group_size=2,
+        axis=0,
+        zero_bits=16,
+        shape=(1, 3),
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zero_points_may_be_fractions(dtype):
+    # (1 - 0.25) / 2, (-8 - 0.25) / 2, and 2 (7 + 1.5).
+    form = fractions([[1, -8, 7]], [[0.25, -1.5]], dtype)
+    assert form.dense().tolist() == [[0.375, -4.125, 17]]
+    assert form.stored_bits() == 3 * 4 + 2 * 16 + 2 * 16
+    # 0.125 (8 + 1 / 1024) rounded once: in half precision the difference would be 8 already.
+    fine = fractions([[7, 7, 7]], [[-1 - 2**-10, 0]], dtype)
+    assert fine.dense()[0, 0] == torch.tensor((8 + 2**-10) / 2).to(dtype)
+    again = Affine.build(
+        form.config(),
+        {name: getattr(form, name) for name, _ in form.parts()},
+        form.shape,
+        form.dtype,
+    )
+    assert again.config() == form.config()
+    assert torch.equal(again.dense(), form.dense())
+
+
+@pytest.mark.parametrize(
+    ("zero_bits", "zero", "rule"),
+    [
+        (16, torch.zeros(1, 2, dtype=torch.int8), "zero float16"),
+        (None, torch.zeros(1, 2).half(), "zero int8"),
+        (16, torch.zeros(1, 2).bfloat16(), "zero float16"),
+        (8, torch.zeros(1, 2, dtype=torch.int8), "zero None"),
+        (16, None, "zero_bits without zero points"),
+    ],
+)
+def test_zero_points_of_another_type_are_refused(zero_bits, zero, rule):
+    form = fractions([[1, 2, 3]], [[0, 0]])
+    parts = {name: getattr(form, name) for name, _ in form.parts()} | {"zero": zero}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    config = {**form.config(), "zero_bits": zero_bits}
+    with pytest.raises(ValueError, match=rule):
+        Affine.build(config, parts, form.shape, form.dtype)
+
+
 def test_half_precision_is_encoded_as_well_as_float():
     weight = normal((8, 64), 3, torch.float16) / 1000
     form = Affine.encode(weight, bits=8)

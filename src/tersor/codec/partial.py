@@ -21,6 +21,7 @@ from tersor.forms import Form
 
 _BY_ROW = {
     "affine": ("codes", "scale", "zero"),
+    "bit_planes": ("codes", "scale"),
     "block_float": ("codes", "scale"),
     "trellis": ("codes", "step"),
     "codebook": ("codes",),

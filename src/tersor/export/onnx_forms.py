@@ -13,7 +13,19 @@ import torch
 from torch import Tensor
 
 from tersor.export.onnx_writer import Writer, stored_bits, to_array
-from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, Form, NofM, Residual, Trellis
+from tersor.forms import (
+    Affine,
+    Bitmask,
+    BitPlanes,
+    BlockFloat,
+    Codebook,
+    Dense,
+    Form,
+    NofM,
+    Residual,
+    Trellis,
+)
+from tersor.forms.bit_planes import signs
 from tersor.forms.block_float import VALUES, factors
 from tersor.forms.form import unrows
 from tersor.forms.trellis import narrowest
@@ -108,6 +120,7 @@ def _affine(form: Affine, writer: Writer, role: str, bits: int | None) -> Any:
         flat = levels.reshape(form.shape) if axis is None else unrows(levels, form.shape, axis)
         codes = writer.store(f"{role}codes", levels if grouped else flat, form.bits)
     weight = writer.cast(codes, torch.float32)
+    weight = _in_groups(weight, form, writer) if grouped else weight
     if form.zero is not None:
         weight = writer.op("Sub", weight, beside(form.zero, "zero", form.bits))
     weight = writer.op("Mul", weight, beside(form.scale.detach(), "scale"))
@@ -166,7 +179,7 @@ def _block_float(form: BlockFloat, writer: Writer, role: str, bits: int | None) 
         whole = writer.store(f"{role}tensor_scale", form.tensor_scale)
         scale = writer.cast(writer.store(f"{role}scale", form.scale[..., None]), torch.float32)
         factor = writer.op("Mul", scale, whole)
-    weight = writer.op("Mul", values, _spread(factor, form, writer))
+    weight = writer.op("Mul", _in_groups(values, form, writer), _spread(factor, form, writer))
     weight = weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
     return _as_weight(weight, form, writer)
 
@@ -182,14 +195,35 @@ def _residual(form: Residual, writer: Writer, role: str, bits: int | None) -> An
     return weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
 
 
-def _spread(per_group: Any, form: Affine | BlockFloat, writer: Writer) -> Any:
-    """Repeats (outputs, groups, 1) to (outputs, inputs); the last group may be cut short."""
+def _in_groups(matrix: Any, form: Affine | BitPlanes | BlockFloat, writer: Writer) -> Any:
+    """(outputs, inputs) as (outputs, groups, group_size), unless the last group is cut short."""
     outputs, inputs = form.codes.shape
-    size = form.group_size or 1
+    size = form.group_size or inputs
+    return matrix if inputs % size else writer.reshape(matrix, outputs, -1, size)
+
+
+def _bit_planes(form: BitPlanes, writer: Writer, role: str, bits: int | None) -> Any:
+    """The signs of each plane, looked up, times its scales; added up in torch's order."""
+    codes = writer.cast(part(form, "codes", writer, role, form.planes), torch.int32)
+    codes = _in_groups(codes, form, writer)
+    weight: Any = None
+    for plane, table in enumerate(signs(form.planes)):
+        scale = writer.store(f"{role}scale_{plane}", form.scale.detach()[..., plane, None])
+        scale = _spread(writer.cast(scale, torch.float32), form, writer)
+        term = writer.op("Mul", writer.op("Gather", writer.constant(table), codes, axis=0), scale)
+        weight = term if weight is None else writer.op("Add", weight, term)
+    weight = weight if form.dtype == torch.float32 else writer.cast(weight, form.dtype)
+    return _as_weight(weight, form, writer)
+
+
+def _spread(per_group: Any, form: Affine | BitPlanes | BlockFloat, writer: Writer) -> Any:
+    """(outputs, groups, 1) to go with `_in_groups`."""
+    outputs, inputs = form.codes.shape
+    size = form.group_size or inputs
+    if inputs % size == 0:
+        return per_group
     wide = writer.op("Expand", per_group, writer.numbers(1, 1, size))
     flat = writer.reshape(wide, outputs, -1)
-    if inputs % size == 0:
-        return flat
     return writer.op("Slice", flat, writer.numbers(0), writer.numbers(inputs), writer.numbers(1))
 
 
@@ -207,7 +241,7 @@ def sparse_codes(form: Affine, writer: Writer) -> bool:
 
 
 def _as_weight(
-    matrix: Any, form: Affine | BlockFloat | NofM | Residual | Trellis, writer: Writer
+    matrix: Any, form: Affine | BitPlanes | BlockFloat | NofM | Residual | Trellis, writer: Writer
 ) -> Any:
     """(outputs, inputs) in the weight's shape, as `unrows` does."""
     if form.axis is None:
@@ -242,6 +276,7 @@ def _zeros(writer: Writer, shape: Any, dtype: torch.dtype) -> Any:
 
 LOWERINGS: dict[str, Callable[[Any, Writer, str, int | None], Any]] = {
     Affine.kind: _affine,
+    BitPlanes.kind: _bit_planes,
     Bitmask.kind: _bitmask,
     BlockFloat.kind: _block_float,
     Codebook.kind: _codebook,

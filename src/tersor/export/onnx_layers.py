@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tersor.export.onnx_graph import Weight
-from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, Dense, NofM, Trellis
+from tersor.forms import Affine, Bitmask, BitPlanes, BlockFloat, Codebook, Dense, NofM, Trellis
 from tersor.surgery.walk import walk
 
 # ONNX calls the other types as torch does.
@@ -61,6 +61,8 @@ def _stored(weight: Weight) -> str:
     match form:
         case Affine():
             return _affine(form, kinds)
+        case BitPlanes():
+            return f"{form.planes} planes of signs as {kinds.get('codes', 'integer')}"
         case BlockFloat():
             return f"{form.format} codes as {kinds.get('codes', 'integer')}, and a table"
         case Codebook():

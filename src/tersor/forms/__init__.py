@@ -1,6 +1,7 @@
 """Forms: the ways a weight may be stored. `KINDS` is every form a file may hold, by name."""
 
 from tersor.forms.affine import Affine
+from tersor.forms.bit_planes import BitPlanes
 from tersor.forms.bitmask import Bitmask
 from tersor.forms.bitshift import Bitshift
 from tersor.forms.block_float import BlockFloat
@@ -18,6 +19,7 @@ KINDS: dict[str, type[Form]] = {
     for form in (
         Dense,
         Affine,
+        BitPlanes,
         BlockFloat,
         Codebook,
         Bitmask,
@@ -32,6 +34,7 @@ KINDS: dict[str, type[Form]] = {
 __all__ = [
     "KINDS",
     "Affine",
+    "BitPlanes",
     "Bitmask",
     "Bitshift",
     "BlockFloat",

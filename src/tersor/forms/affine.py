@@ -27,10 +27,11 @@ class Affine(Form):
     codes: (outputs, inputs) int8 in [-2**(bits-1), 2**(bits-1) - 1]; at one bit symmetric, -1 and 0
         stand for -scale and +scale
     scale: (outputs, groups) bfloat16, > 0
-    zero: (outputs, groups) int8, or None when symmetric
+    zero: (outputs, groups) int8 or float16, or None when symmetric
     bits: 1 to 8
     group_size: inputs that share a scale, None for all of a row; the last group may be shorter
     axis: the output channel of the weight, None for one scale per tensor
+    zero_bits: 16 where zero points are float16, None where they are whole numbers of `bits`
     """
 
     kind = "affine"
@@ -46,10 +47,11 @@ class Affine(Form):
         axis: int | None,
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        zero_bits: int | None = None,
     ) -> None:
         """Use `encode` to make one from a weight."""
         super().__init__(shape, dtype)
-        self.bits, self.group_size, self.axis = bits, group_size, axis
+        self.bits, self.group_size, self.axis, self.zero_bits = bits, group_size, axis, zero_bits
         self.register_buffer("codes", codes.contiguous())
         self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
         self.register_buffer("zero", None if zero is None else zero.contiguous())
@@ -78,7 +80,11 @@ class Affine(Form):
         wide = torch.promote_types(weight.dtype, torch.float32)
         matrix = as_matrix(weight.detach().to(wide), axis)
         grouped = split_groups(matrix, group_size)
-        scale, zero = (_symmetric if symmetric else _asymmetric)(grouped, bits)
+        if bits == 1 and symmetric:
+            inside = split_groups(torch.ones_like(matrix), group_size)
+            scale, zero = _as_scale(grouped.abs().sum(-1) / inside.sum(-1)), None
+        else:
+            scale, zero = (_symmetric if symmetric else _asymmetric)(grouped, bits)
         codes = _round(matrix, scale, zero, bits, group_size, symmetric)
         return cls(
             codes,
@@ -93,23 +99,27 @@ class Affine(Form):
 
     def dense(self) -> Tensor:
         """The weight."""
+        # A narrow type holds codes less whole numbers exactly, but not less a fraction.
+        kind = torch.promote_types(self.dtype, torch.float32) if self.zero_bits else self.dtype
         # In place: a second copy of all weights would take as long again as computing them.
-        codes = self.codes.to(self.dtype, copy=True)
+        codes = self.codes.to(kind, copy=True)
         if self.zero is not None:
-            codes -= spread(self.zero.to(self.dtype), codes.shape[1], self.group_size)
+            codes -= spread(self.zero.to(kind), codes.shape[1], self.group_size)
         elif self.bits == 1:
             codes.mul_(2).add_(1)
-        codes *= spread(self.scale.to(self.dtype), codes.shape[1], self.group_size)
-        return from_matrix(codes, self.shape, self.axis)
+        codes *= spread(self.scale.to(kind), codes.shape[1], self.group_size)
+        return from_matrix(codes.to(self.dtype), self.shape, self.axis)
 
     def parts(self) -> tuple[Part, ...]:
-        """Codes at `bits` each, scales at 16, zero points at `bits`."""
-        zero: tuple[Part, ...] = () if self.zero is None else (("zero", self.bits),)
+        """Codes at `bits` each, scales at 16, zero points at `bits` or 16."""
+        each = self.zero_bits or self.bits
+        zero: tuple[Part, ...] = () if self.zero is None else (("zero", each),)
         return (("codes", self.bits), ("scale", self.scale.element_size() * 8), *zero)
 
     def config(self) -> dict[str, Any]:
         """Bits and layout."""
-        return {"bits": self.bits, "group_size": self.group_size, "axis": self.axis}
+        fraction = {} if self.zero_bits is None else {"zero_bits": self.zero_bits}
+        return {"bits": self.bits, "group_size": self.group_size, "axis": self.axis, **fraction}
 
     @classmethod
     def build(
@@ -130,10 +140,12 @@ class Affine(Form):
         for name in ("scale", "zero"):
             if name in parts and tuple(parts[name].shape) != (matrix.shape[0], groups):
                 raise ValueError(f"{name} must have shape {(matrix.shape[0], groups)}")
-        if not parts["scale"].is_floating_point() or (
-            zero is not None and zero.dtype != torch.int8
-        ):
-            raise ValueError("scale must be of a float type, and zero int8")
+        kind = {None: torch.int8, 16: torch.float16}.get(config.get("zero_bits"))
+        if zero is None and "zero_bits" in config:
+            raise ValueError("zero_bits without zero points")
+        if not parts["scale"].is_floating_point() or (zero is not None and zero.dtype != kind):
+            name = str(kind).removeprefix("torch.")
+            raise ValueError(f"scale must be of a float type, and zero {name}")
         return cls(
             parts["codes"],
             parts["scale"],
@@ -143,6 +155,7 @@ class Affine(Form):
             axis=axis,
             shape=shape,
             dtype=dtype,
+            zero_bits=16 if zero is not None and kind == torch.float16 else None,
         )
 
 
@@ -192,8 +205,6 @@ def spread(per_group: Tensor, inputs: int, group_size: int | None) -> Tensor:
 
 
 def _symmetric(grouped: Tensor, bits: int) -> tuple[Tensor, None]:
-    if bits == 1:
-        return _as_scale(grouped.abs().mean(-1)), None
     return _as_scale(grouped.abs().amax(-1) / (2 ** (bits - 1) - 1)), None
 
 
