@@ -6,6 +6,7 @@ from torch import nn
 
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.adaround import adaround
+from tersor.methods.quantize.awq import awq
 from tersor.methods.quantize.binary import binary
 from tersor.methods.quantize.cast import cast
 from tersor.methods.quantize.dynamic import dynamic
@@ -26,16 +27,19 @@ from tersor.methods.recover.lqer import lqer
 from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
 from tersor.methods.transform.equalize import equalize
+from tersor.methods.transform.rotate import rotate
 from tersor.methods.transform.smooth import smooth
 
 TABLE: dict[str, Callable[..., nn.Module]] = {
     "transform.equalize": equalize,
+    "transform.rotate": rotate,
     "transform.smooth": smooth,
     "prune.magnitude": magnitude,
     "quantize.cast": cast,
     "quantize.rtn": rtn,
     "quantize.gptq": gptq,
     "quantize.qronos": qronos,
+    "quantize.awq": awq,
     "quantize.adaround": adaround,
     "quantize.mixed": mixed,
     "quantize.fp4": fp4,

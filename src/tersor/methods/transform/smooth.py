@@ -14,7 +14,6 @@ no layer before takes the factors the input is multiplied, so that post-norm tra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -24,14 +23,13 @@ from tersor.errors import OptionError, TaskError
 from tersor.forms import Affine
 from tersor.forms.grid import Grid
 from tersor.forms.scaling import Scaling
-from tersor.measure.flow import Flow, Value, watch
+from tersor.measure.flow import watch
 from tersor.measure.histogram import Histogram, least_squares_range
-from tersor.methods.placing import is_linear
+from tersor.methods.groups import Group, groups_of
 from tersor.methods.rescaling import (
     TOLERANCE,
     Unchanged,
     by_inputs,
-    is_norm,
     movable,
     multiply_inputs,
     multiply_outputs,
@@ -44,14 +42,6 @@ from tersor.task import Task
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _MOST = 1e4
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linear layers that are fed the same tensor. absorber: what can take their factors, or None"""
-
-    layers: list[nn.Module]
-    absorber: nn.Module | None
 
 
 @method
@@ -88,7 +78,7 @@ def smooth(
     free = movable(model, set(model.modules()))
     unchanged, example = Unchanged(model, task), task.example(2)
     flow = watch(model, lambda: task.predict(model, example))
-    groups = _groups(flow, layers & free, free)
+    groups = groups_of(flow, layers & free, free)
     if not groups:
         raise OptionError(
             f"{type(model).__name__} has no linear layer with a plain weight of its own among "
@@ -99,37 +89,6 @@ def smooth(
     for group in groups:
         done[_smoothed(group, seen[group.layers[0]], unchanged, multiply)] += 1
     return model, {**done, "error": unchanged.check("transform.smooth")}
-
-
-def _groups(flow: Flow, layers: set[nn.Module], free: set[nn.Module]) -> list[Group]:
-    fed: dict[Value, list[nn.Module]] = {}
-    for layer in flow.calls:
-        value = flow.calls[layer][0][0]
-        if layer in layers and is_linear(layer) and flow.once(layer) and value is not None:
-            fed.setdefault(value, []).append(layer)
-    found = []
-    for value, readers in fed.items():
-        alone = all(set(inside) & set(readers) for _, inside, _ in value.uses)
-        absorber = _absorber(flow, value) if alone else None
-        fits = absorber in free and (absorber in layers or is_norm(absorber))
-        found.append(Group(readers, absorber if fits else None))
-    return found
-
-
-def _absorber(flow: Flow, value: Value) -> nn.Module:
-    """The norm or linear layer that gives a value, up to a ReLU or a product with another one."""
-    while True:
-        giver = next((g for g in value.givers if is_norm(g) or is_linear(g)), None)
-        if giver is not None:
-            return giver if flow.once(giver) else nn.Module()
-        if value.operator not in ("relu", "mul"):
-            return nn.Module()
-        # Of a product, the factor that a layer gives: silu(gate) * up.
-        from_layers = [v for v in value.inputs if any(is_linear(g) for g in v.givers)]
-        before = value.inputs[:1] if value.operator == "relu" else from_layers
-        if len(before) != 1 or len(before[0].uses) != 1:
-            return nn.Module()
-        value = before[0]
 
 
 def _smoothed(group: Group, rows: Rows, unchanged: Unchanged, multiply: bool) -> str:
