@@ -46,6 +46,35 @@ RECIPES: dict[str, Steps] = {
         {"method": "quantize.rtn", "options": {"bits": 4, "per_tensor": True}}
     ],
     **{
+        f"cast {name}": [{"method": "quantize.cast", "options": {"format": name}}]
+        for name in ("fp16", "bf16", "fp8_e4m3", "fp8_e5m2")
+    },
+    "fp4 nvfp4": [{"method": "quantize.fp4", "options": {}}],
+    "fp4 nvfp4, six": [{"method": "quantize.fp4", "options": {"four_over_six": False}}],
+    "fp4 mxfp4": [{"method": "quantize.fp4", "options": {"format": "mxfp4"}}],
+    "hqq 4 bits": [{"method": "quantize.hqq", "options": {}}],
+    **{
+        f"hqq {b} bits, group 32{', fitted' if fit else ''}": [
+            {
+                "method": "quantize.hqq",
+                "options": {"bits": b, "group_size": 32, "fit_scale": fit},
+            }
+        ]
+        for b in (4, 3)
+        for fit in (False, True)
+    },
+    "ternary": [{"method": "quantize.ternary", "options": {}}],
+    "ternary, group 32": [{"method": "quantize.ternary", "options": {"group_size": 32}}],
+    "ternary, absmean": [{"method": "quantize.ternary", "options": {"rule": "absmean"}}],
+    "binary": [{"method": "quantize.binary", "options": {}}],
+    "binary, 2 planes": [{"method": "quantize.binary", "options": {"planes": 2}}],
+    **{
+        f"binary, {p} planes, group 32": [
+            {"method": "quantize.binary", "options": {"planes": p, "group_size": 32}}
+        ]
+        for p in (2, 3)
+    },
+    **{
         f"kmeans {k} values, {start}": [
             {"method": "share.kmeans", "options": {"values": k, "start": start}}
         ]
