@@ -210,6 +210,8 @@ def test_what_cannot_be_transformed_is_refused():
         smooth(run(single, [{"method": "quantize.rtn"}]), pictures())
     with pytest.raises(OptionError, match="smoothed or on grids already"):
         smooth(static(copy.deepcopy(single), pictures()), pictures())
+    with pytest.raises(OptionError, match="smoothed or on grids already"):
+        smooth(smooth(copy.deepcopy(single), pictures()), pictures())
     with pytest.raises(OptionError, match=r"cannot follow quantize\.rtn, because it moves factors"):
         run(single, [{"method": "quantize.rtn"}, {"method": "transform.smooth"}], pictures())
 

@@ -35,8 +35,8 @@ from tersor.methods.rescaling import (
     multiply_outputs,
 )
 from tersor.methods.seeing import Rows, inputs_of
-from tersor.recipe import Outcome, method
-from tersor.surgery.grids import grids, put_scaling, scaling_of
+from tersor.recipe import Outcome, method, recipe_of
+from tersor.surgery.grids import grids, put_scaling
 from tersor.surgery.walk import Patterns, walk
 from tersor.task import Task
 
@@ -70,7 +70,8 @@ def smooth(
     """
     if task is None:
         raise TaskError("transform.smooth looks at what enters linear layers; pass a task")
-    if next(grids(model), None) or any(scaling_of(module) for module in model.modules()):
+    smoothed = any(step.method == "transform.smooth" for step in recipe_of(model).steps)
+    if smoothed or next(grids(model), None):
         raise OptionError(
             "inputs of this network are smoothed or on grids already; start from the original"
         )
