@@ -109,6 +109,19 @@ def test_the_network_is_left_as_it_was_but_for_its_values(net):
     assert all(p.grad is None for p in done.parameters())
 
 
+def test_pruned_weights_stay_zero_and_cheap(net):
+    prune = {"method": "prune.magnitude", "options": {"sparsity": 0.6}}
+    step = {"method": "quantize.lsq", "options": {"bits": 4, "epochs": 2}}
+    done = run(net, [prune, step], task())
+    dense = run(net, [step], task())
+    for before, after, other in zip(walk(run(net, [prune])), walk(done), walk(dense), strict=True):
+        zeros = before.weight == 0
+        assert zeros.any()
+        assert not after.weight[zeros].any()
+        assert not torch.equal(after.weight, before.weight)
+        assert after.form.stored_bits() < other.form.stored_bits()
+
+
 def test_training_that_fails_says_so(net):
     data = task()
     x, y = images(256, 1)

@@ -13,19 +13,22 @@ divergence from the original (as in section 3.6, at temperature 1).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tersor.errors import OptionError, TaskError
-from tersor.forms import FakeAffine
+from tersor.errors import TaskError
+from tersor.forms import Bitmask, FakeAffine, NofM
 from tersor.forms.learned_grid import LearnedGrid
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.running import evaluating, unfused
+from tersor.methods.layerwise import plain
+from tersor.methods.sparse import keep_zeros, sparse_form
 from tersor.recipe import Outcome, method
 from tersor.surgery.grids import grids, put
 from tersor.surgery.walk import Patterns, Site, in_execution_order, kind_of, vectors, walk
@@ -75,15 +78,13 @@ def lsq(
             "it more samples, or holdout=inputs"
         )
     sites = walk(model, include, exclude)
-    _check(sites)
+    plain(sites)
     original = copy.deepcopy(model) if original is None else original
     wanted = reference_outputs(original, task, held_out)
     widths = _widths(model, task, batches[0], ends)
     if activation_bits is not None:
         _put_grids(model, task, batches, sites, activation_bits, widths)
-    for site in sites:
-        width = widths.get(site.name, bits)
-        site.hold(FakeAffine.encode(site.weight, bits=width, axis=site.axis))
+    pruned = {site.name: _start(site, widths.get(site.name, bits)) for site in sites}
     lessons = Labels(task) if task.has_train else answers(original, task, batches)
 
     def loss(lesson: Lesson) -> Tensor:
@@ -107,7 +108,7 @@ def lsq(
             judge=lambda: divergence_of(model, task, held_out, wanted),
             generator=torch.Generator().manual_seed(0),
         )
-    _freeze(model, sites)
+    _freeze(model, sites, pruned)
     return model, {
         "trained_on": "labels" if task.has_train else "answers of the original",
         "divergence_before": fitted.before,
@@ -116,13 +117,16 @@ def lsq(
     }
 
 
-def _check(sites: Sequence[Site]) -> None:
-    for site in sites:
-        if site.form is not None:
-            raise OptionError(
-                f'"{site.name}" of shape {tuple(site.weight.shape)} is held as {site.form.kind} '
-                "already; train it from its float weight, or exclude it"
-            )
+def _start(site: Site, bits: int) -> Bitmask | NofM | None:
+    """Holds the weight as one to be trained; what is pruned stays zero. Returns what says where."""
+    sparse = sparse_form(site.form)
+    form = FakeAffine.encode(site.weight, bits=bits, axis=site.axis)
+    if sparse is not None:
+        # Without a gradient Adam never moves a zero.
+        kept = form.latent.detach() != 0
+        form.latent.register_hook(partial(torch.mul, kept))  # type: ignore[no-untyped-call]
+    site.hold(form)
+    return sparse
 
 
 def _widths(model: nn.Module, task: Task, batch: Inputs, ends: int) -> dict[str, int]:
@@ -203,11 +207,17 @@ def _training(
             module.training = mode
 
 
-def _freeze(model: nn.Module, sites: Sequence[Site]) -> None:
+def _freeze(
+    model: nn.Module, sites: Sequence[Site], pruned: Mapping[str, Bitmask | NofM | None]
+) -> None:
     """Codes and grids in place of what was trained; they give the same."""
     for site in sites:
-        if isinstance(site.form, FakeAffine):
-            site.hold(site.form.freeze())
+        trained, sparse = site.form, pruned[site.name]
+        assert isinstance(trained, FakeAffine)
+        frozen = trained.freeze()
+        if sparse is not None:
+            keep_zeros(frozen, sparse)
+        site.hold(frozen)
     for _, where, layer, grid in list(grids(model)):
         if isinstance(grid, LearnedGrid):
             put(layer, where, grid.freeze())
