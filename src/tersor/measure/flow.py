@@ -37,6 +37,7 @@ class Value:
     uses: (operator, modules around it, what it made), in order
     givers: modules whose output it is, innermost first
     enters: modules whose first input it is, outermost first
+    shape: of the tensor
     """
 
     operator: str = ""
@@ -44,6 +45,7 @@ class Value:
     uses: list[tuple[str, tuple[nn.Module, ...], tuple[Value, ...]]] = field(default_factory=list)
     givers: list[nn.Module] = field(default_factory=list)
     enters: list[nn.Module] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
 
     def origins(self) -> Iterator[Value]:
         """This value and those it was passed on from."""
@@ -128,4 +130,5 @@ class _Seeing(Watching):  # type: ignore[no-untyped-call]
     def _new(self, tensor: Tensor, value: Value, later: int = 0) -> Value:
         # Kept, so that no other tensor takes its place in memory.
         self._known[id(tensor)] = (tensor, tensor._version + later, value)
+        value.shape = tuple(tensor.shape)
         return value
