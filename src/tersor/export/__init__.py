@@ -3,12 +3,15 @@
 from tersor.export.onnx import Exported, require, to_onnx
 from tersor.export.onnx_run import OnnxModel
 from tersor.export.openvino import ExportedOpenvino, OpenvinoModel, to_openvino
+from tersor.export.torch_cpu import Packed, packed
 
 __all__ = [
     "Exported",
     "ExportedOpenvino",
     "OnnxModel",
     "OpenvinoModel",
+    "Packed",
+    "packed",
     "require",
     "to_onnx",
     "to_openvino",
