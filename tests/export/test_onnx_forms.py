@@ -229,6 +229,7 @@ def test_zero_points_may_be_fractions(shape, group_size, dtype):
     value = writer.cast(lower(form, writer), torch.float32)
     assert torch.equal(run(value, writer), form.dense().float())
     assert writer.stored["w.zero"] == ("FLOAT16", 2 * whole.zero.numel())
+    assert writer.notes == ["decoded when the model is loaded: its zero points are fractions"]
 
 
 def test_every_power_of_two_is_looked_up():

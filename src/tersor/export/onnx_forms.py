@@ -119,6 +119,8 @@ def _affine(form: Affine, writer: Writer, role: str, bits: int | None) -> Any:
         levels = level_codes(form)
         flat = levels.reshape(form.shape) if axis is None else unrows(levels, form.shape, axis)
         codes = writer.store(f"{role}codes", levels if grouped else flat, form.bits)
+    if form.zero_bits is not None:
+        writer.notes.append("decoded when the model is loaded: its zero points are fractions")
     weight = writer.cast(codes, torch.float32)
     weight = _in_groups(weight, form, writer) if grouped else weight
     if form.zero is not None:
