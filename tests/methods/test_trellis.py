@@ -8,6 +8,7 @@ from torch import nn
 
 import zoo
 from surgery.nets import NETS, make
+from tersor.codec import load, read_tensor, save
 from tersor.errors import OptionError
 from tersor.forms import Bitshift, Rotated
 from tersor.forms.bitshift import from_tiles, states, unpack, values
@@ -138,6 +139,14 @@ def test_layers_are_calibrated_on_what_they_are_given():
         trellis(done, given, bits=2, state_bits=10, samples=256)
         gaps.append(float((done(inputs) - expected).square().mean().detach()))
     assert gaps[0] < 0.5 * gaps[1]
+
+
+def test_a_file_gives_single_rows_back(tmp_path):
+    net = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 40)).eval()
+    trellis(net, bits=3, state_bits=9)
+    path = save(net, tmp_path / "net.tersor", example=torch.randn(2, 20))
+    assert torch.equal(read_tensor(path, "2.weight", slice(5, 9)), net[2].weight[5:9])
+    assert torch.equal(load(path)(torch.ones(3, 20)), net(torch.ones(3, 20)))
 
 
 def test_seeds_draw_other_rotations():
