@@ -9,7 +9,7 @@ from torch import nn
 
 import zoo
 from tersor.errors import ExportError, MissingExtra, ModelError, OptionError
-from tersor.export import OpenvinoModel, openvino, to_openvino
+from tersor.export import OpenvinoModel, openvino, openvino_run, to_openvino
 from tersor.forms.grid import Grid
 from tersor.methods.quantize.rtn import rtn
 from tersor.surgery import decoded, fold
@@ -90,6 +90,17 @@ def test_without_grids_an_exact_session_computes_in_floats(tmp_path):
     assert (free - exact).abs().max() <= 1.01 * done.default_difference.absolute + 1e-5
 
 
+def test_compiling_by_size_changes_nothing_but_speed(tmp_path):
+    net = Named(bits=8)
+    example = {"ids": torch.randint(0, 60, (2, 5)), "scale": torch.rand(2, 1, 1)}
+    path = to_openvino(net, tmp_path / "net.xml", example=example).path
+    free, fixed = OpenvinoModel(path), OpenvinoModel(path, by_size=True)
+    for rows in (*range(1, 11), 1, 10):
+        ids, scale = torch.randint(0, 60, (rows, 4)), torch.rand(rows, 1, 1)
+        assert torch.allclose(fixed(ids, scale)["logits"], free(ids, scale)["logits"], atol=1e-5)
+    assert len(fixed._by_size) == 8
+
+
 def test_a_pretrained_network_runs_on_integers(shared_data, tmp_path):
     net, images = zoo.resnet20(), zoo.cifar10()[0]
     fold(net, images[:2])
@@ -113,8 +124,8 @@ def test_a_difference_above_the_tolerance_keeps_the_file_before(tmp_path, monkey
     path = tmp_path / "net.xml"
     path.write_text("before", encoding="utf-8")
     net, x = rtn(nn.Linear(8, 8), bits=8), torch.randn(2, 8)
-    honest = openvino._infer
-    monkeypatch.setattr(openvino, "_infer", lambda *given: [2 * y for y in honest(*given)])
+    honest = openvino.infer
+    monkeypatch.setattr(openvino, "infer", lambda *given: [2 * y for y in honest(*given)])
     with pytest.raises(ExportError, match="differ from torch's by 1 of the largest"):
         to_openvino(net, path, example=x)
     assert path.read_text(encoding="utf-8") == "before"
@@ -135,6 +146,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(openvino.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(openvino_run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"tersor\[openvino\]"):
         to_openvino(nn.Linear(8, 8), tmp_path / "net.xml", example=torch.randn(2, 8))

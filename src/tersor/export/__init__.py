@@ -2,7 +2,8 @@
 
 from tersor.export.onnx import Exported, require, to_onnx
 from tersor.export.onnx_run import OnnxModel
-from tersor.export.openvino import ExportedOpenvino, OpenvinoModel, to_openvino
+from tersor.export.openvino import ExportedOpenvino, to_openvino
+from tersor.export.openvino_run import OpenvinoModel
 from tersor.export.torch_cpu import Packed, packed
 
 __all__ = [

@@ -8,11 +8,9 @@ has it, and rounds activations beside coded weights to 8 bits; an exact session 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,30 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.errors import ExportError, MissingExtra, ModelError, OptionError
+from tersor.errors import ExportError, OptionError
 from tersor.export.compared import Difference, Trial, require_close
-from tersor.export.deployed import Deployed
 from tersor.export.onnx import GRID_TOLERANCE, TOLERANCE, Exported, Inputs, as_call, to_onnx
 from tersor.export.onnx_file import replaced
 from tersor.export.onnx_layers import Layer
 from tersor.export.onnx_names import METADATA
-from tersor.export.onnx_trace import first_line
+from tersor.export.openvino_run import KEY, compiled, infer, reason, require_openvino
 from tersor.forms import Affine, BlockFloat
 from tersor.program.call import call_of
 from tersor.surgery.hold import held
 
-_KEY = METADATA.split(".")
-_TYPES = {
-    "f32": torch.float32,
-    "f64": torch.float64,
-    "f16": torch.float16,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "boolean": torch.bool,
-    "u8": torch.uint8,
-    "i8": torch.int8,
-}
-_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 _PRODUCTS = frozenset(("Convolution", "Deconvolution", "FullyConnected", "MatMul"))
 
 
@@ -104,7 +89,7 @@ def to_openvino(
     _check_groups(model)
     with tempfile.TemporaryDirectory() as folder, replaced(path) as temporary:
         onnx, graph = _graph(model, Path(folder) / "model.onnx", example)
-        graph.set_rt_info(_call_of_file(onnx.path), _KEY)
+        graph.set_rt_info(_call_of_file(onnx.path), KEY)
         _save(graph, temporary)
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
         done = _exported(onnx, path, size)
@@ -120,7 +105,7 @@ def _graph(model: nn.Module, path: Path, example: Inputs) -> tuple[Exported, Any
         return done, openvino.Core().read_model(path)
     except RuntimeError as error:
         raise ExportError(
-            f"OpenVINO does not read the ONNX file: {_reason(error)}; export to ONNX alone"
+            f"OpenVINO does not read the ONNX file: {reason(error)}; export to ONNX alone"
         ) from error
 
 
@@ -135,13 +120,6 @@ def _check_groups(model: nn.Module) -> None:
                 f"group_size={size} cuts the last group of {name!r} of shape {form.shape} short, "
                 "which OpenVINO does not take; choose a size that divides the inputs"
             )
-
-
-def _reason(error: RuntimeError) -> str:
-    """What OpenVINO says after the places in its own code."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    own = [line for line in lines if "src/" not in line and not line.endswith(":")]
-    return own[0] if own else first_line(error)
 
 
 def _save(graph: Any, path: Path) -> None:
@@ -194,8 +172,8 @@ def _checked(
         trial = Trial.of(reference, tensors, done.inputs)
         found, graph = {}, openvino.Core().read_model(path)
         for exact in (True, False):
-            runner = _compiled(graph, exact=exact)
-            outputs = [_infer(runner.create_infer_request(), feed) for feed in trial.feeds()]
+            runner = compiled(graph, exact=exact)
+            outputs = [infer(runner.create_infer_request(), feed) for feed in trial.feeds()]
             found[exact] = trial.difference(outputs)
             if exact:
                 products = _products(runner)
@@ -216,64 +194,6 @@ def _checked(
         products=products,
         notes=tuple(notes),
     )
-
-
-class OpenvinoModel(Deployed):
-    """An OpenVINO file that is called like the model it was exported from, on the CPU."""
-
-    def __init__(self, path: str | Path, *, exact: bool = True, threads: int | None = None) -> None:
-        """Loads the file.
-
-        exact: float32 for all that is not on a grid: the outputs of torch. False leaves the
-            precision to OpenVINO, which is quicker where the processor has bfloat16
-        threads: None for as many as torch uses
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise ModelError(f"{path} is no file; write one with tersor.export.to_openvino")
-        require_openvino()
-        import openvino
-
-        try:
-            graph = openvino.Core().read_model(path)
-            compiled = _compiled(graph, exact=exact, threads=threads)
-        except RuntimeError as error:
-            raise ExportError(
-                f"OpenVINO cannot load {path}: {_reason(error)}; export it again"
-            ) from error
-        known = graph.has_rt_info(_KEY)
-        call = json.loads(graph.get_rt_info(_KEY).astype(str)) if known else {}
-        types = {
-            value.get_any_name(): _TYPES.get(
-                value.get_element_type().get_type_name(), torch.float32
-            )
-            for value in compiled.inputs
-        }
-        names = [f"output_{index}" for index in range(len(compiled.outputs))]
-        super().__init__(path, types, call.get("names", names), call)
-        self._request = compiled.create_infer_request()
-
-    def _run(self, feed: dict[str, Any]) -> list[Any]:
-        return _infer(self._request, feed)
-
-
-def require_openvino() -> None:
-    """Raises MissingExtra unless OpenVINO, and what writes the ONNX file before it, is there."""
-    for package in ("openvino", "onnx", "onnxscript"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtra("openvino", package)
-
-
-def _compiled(graph: Any, *, exact: bool, threads: int | None = None) -> Any:
-    import openvino
-
-    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
-    core = openvino.Core()
-    return core.compile_model(graph, "CPU", {**options, **(_EXACT if exact else {})})
-
-
-def _infer(request: Any, feed: Mapping[str, Any]) -> list[Any]:
-    return list(request.infer(dict(feed)).values())
 
 
 def _products(compiled: Any) -> dict[str, int]:
