@@ -66,7 +66,7 @@ SENTENCES: dict[str, Steps] = {
 STORIES: dict[str, Steps] = {
     f"qronos {bits} bits, group {group}": [
         step("quantize.qronos", bits=bits, group_size=group, symmetric=False),
-        step("recover.scales", epochs=10),
+        step("recover.scales", epochs=5),
     ]
     for bits, group in ((4, 16), (3, 16), (2, 8))
 }
@@ -74,7 +74,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tersor.Task], di
     "resnet20": (zoo.resnet20, cifar, CONVOLUTIONS),
     "resnet56": (zoo.resnet56, cifar, CONVOLUTIONS),
     "minilm": (sentences.model, pairs, SENTENCES),
-    "stories": (zoo.stories260k, lambda: stories.task(256), STORIES),
+    "stories": (zoo.stories260k, lambda: stories.task(128), STORIES),
 }
 
 

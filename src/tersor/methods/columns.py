@@ -187,7 +187,8 @@ def _upper(moments: Tensor) -> Tensor:
     """U of the inverse of the moments = U^T U."""
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-        return torch.linalg.cholesky(inverse, upper=True)
+        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return upper
     except RuntimeError as error:
         raise ModelError(
             "what layers are given on calibration inputs is too large to work with: a mean square "
