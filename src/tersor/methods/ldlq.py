@@ -18,7 +18,7 @@ from tersor.forms.bitshift import from_tiles, pack, states, to_tiles, values
 from tersor.methods.viterbi import nearest_rings
 
 _RING = 256
-_SPREAD = {1: 1.0, 2: 1.0, 3: 0.95, 4: 0.9}
+SPREAD = {1: 1.0, 2: 1.0, 3: 0.95, 4: 0.9}
 """Root mean square of the numbers to be coded, in units of the scale, with the least error."""
 
 
@@ -59,7 +59,7 @@ def encode(matrix: Tensor, moments: Tensor | None, code: Code) -> Bitshift:
         alike, and the weight itself is to change least
     """
     tile = code.tile(*matrix.shape)
-    scale = (matrix.square().mean().sqrt() / _SPREAD[code.bits]).clamp(min=1e-30)
+    scale = (matrix.square().mean().sqrt() / SPREAD[code.bits]).clamp(min=1e-30)
     scale = scale.to(torch.bfloat16).float()
     if moments is None:
         codes = code.nearest(matrix / scale, torch.ones_like(matrix), tile)
@@ -68,7 +68,7 @@ def encode(matrix: Tensor, moments: Tensor | None, code: Code) -> Bitshift:
     levels = code.levels(codes, matrix, tile)
     return Bitshift(
         pack(codes, code.bits),
-        (scale * _best_factor(matrix / scale, levels, moments)).reshape(1, 1).to(torch.bfloat16),
+        best_scale(matrix, levels, moments).to(torch.bfloat16),
         bits=code.bits,
         state_bits=code.state_bits,
         tile=tile,
@@ -95,7 +95,8 @@ def _fed_forward(matrix: Tensor, moments: Tensor, code: Code, tile: tuple[int, i
     return torch.cat(found)
 
 
-def _best_factor(matrix: Tensor, levels: Tensor, moments: Tensor | None) -> Tensor:
-    """What to multiply the levels with, for the least error of all outputs."""
+def best_scale(matrix: Tensor, levels: Tensor, moments: Tensor | None) -> Tensor:
+    """(outputs, 1), what to multiply each row of levels with for the least error of its output."""
     seen = levels if moments is None else levels @ moments
-    return (seen * matrix).sum() / (seen * levels).sum().clamp(min=1e-30)
+    energy = (seen * levels).sum(1, keepdim=True)
+    return (seen * matrix).sum(1, keepdim=True) / energy.clamp(min=1e-30)

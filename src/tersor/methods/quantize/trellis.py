@@ -1,9 +1,10 @@
 """Trellis-coded quantization: rotated weights as rings of a bit-shift trellis, at 1 to 4 bits.
 
 For 2 and 3 bits, where codes for one weight at a time lose too much; at 4 bits its lead over
-`quantize.gptq` is small. Every weight takes exactly `bits` bits, with one scale for a whole matrix.
-Reading a weight takes longer than from other codes, and no runtime multiplies with them: choose it
-where bytes count. For the smallest file after entropy coding see `quantize.entropy`.
+`quantize.gptq` is small. Every weight takes exactly `bits` bits, and each output a scale, which
+`recover.scales` may train afterwards: at 2 bits it should. Reading a weight takes longer than from
+other codes, and no runtime multiplies with them: choose it where bytes count. For the smallest file
+after entropy coding see `quantize.entropy`.
 
 Source: Tseng et al. 2024 (QTIP), arXiv:2406.11235, algorithms 1, 4 and section 4.
 Differs from the paper: rings run down single columns where they can, so that errors are fed forward
