@@ -15,6 +15,9 @@ from tersor.export.onnx_forms import level_codes, part, sparse_codes
 from tersor.export.onnx_writer import Writer
 from tersor.forms import Affine
 
+# What ONNX Runtime fuses with a Gemm before it, which then never becomes MatMulNBits.
+_FUSABLE = {"Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Tanh"}
+
 _GROUPS = (None, 16, 32, 64, 128, 256)
 
 
@@ -29,6 +32,9 @@ def multiply_codes(form: Affine, old: Any, writer: Writer) -> bool:
         return False
     new = _dequantized(form, writer)
     connect(uses, old, new)
+    for node, _ in uses:
+        if node.op_type == "Gemm":
+            _apart(node)
     writer.notes.append("multiplied as codes by a default ONNX Runtime session")
     return True
 
@@ -79,3 +85,24 @@ def connect(uses: list[tuple[Any, int]], old: Any, new: Any) -> None:
             node.replace_input_with(place, new)
             if node.op_type == "Gemm":
                 node.attributes.add(ir.AttrInt64("transB", 0))
+
+
+def _apart(node: Any) -> None:
+    """Gemm before an activation as MatMul and Sub of the negated bias: Add would be fused again."""
+    import onnx_ir as ir
+
+    bias = node.inputs[2] if len(node.inputs) == 3 else None
+    if bias is None or bias.const_value is None:
+        return
+    if not any(user.op_type in _FUSABLE for user, _ in node.outputs[0].uses()):
+        return
+    name = f"{bias.name}.negative"
+    negative = ir.val(name, const_value=ir.tensor(-bias.const_value.numpy(), name=name))
+    node.graph.initializers[name] = negative
+    product = ir.node("MatMul", list(node.inputs[:2]))
+    moved = ir.node("Sub", [product.outputs[0], negative])
+    old, new = node.outputs[0], moved.outputs[0]
+    new.type, new.shape = old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    node.graph.insert_before(node, [product, moved])
+    node.graph.remove(node, safe=True)
