@@ -117,15 +117,15 @@ def turn(x: Tensor, seed: int, *, back: bool = False) -> Tensor:
 
 def hadamard(x: Tensor) -> Tensor:
     """The orthonormal Hadamard transform of the last dimension, of size 2**k, its own inverse."""
-    size, step = x.shape[-1], 1
-    shape = x.shape
-    while step < size:
+    size, done = x.shape[-1], 1
+    # Along the first dimension the products are of few rows and many columns, which is quick.
+    turned = x.reshape(-1, size).T
+    while done < size:
         # Bits of the index are transformed independently: up to six of them in one product.
-        fan = min(_FAN, size // step)
-        x = x.reshape(-1, fan, step)
-        x = _sylvester(fan).to(x) @ x
-        step *= fan
-    return x.reshape(shape) / math.sqrt(size)
+        fan = min(_FAN, size // done)
+        turned = _sylvester(fan).to(x) @ turned.reshape(done, fan, -1)
+        done *= fan
+    return turned.reshape(size, -1).T.reshape(x.shape) / math.sqrt(size)
 
 
 def _sylvester(size: int) -> Tensor:
