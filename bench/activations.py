@@ -49,9 +49,8 @@ CONVOLUTIONS: dict[str, Steps] = {
 SENTENCES: dict[str, Steps] = {
     "rtn 8 bits": [WEIGHTS],
     **STATIC,
-    "static, half of it falls back": [step("quantize.static", fallback=0.5, samples=64)],
     "smooth, static": [SMOOTH, step("quantize.static")],
-    "smooth, static, bias": [SMOOTH, step("quantize.static"), BIAS],
+    "smooth, static, minmax": [SMOOTH, step("quantize.static", observer="minmax")],
     "dynamic": [step("quantize.dynamic")],
     "dynamic, per row": [step("quantize.dynamic", per_row=True)],
 }

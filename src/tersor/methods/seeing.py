@@ -21,10 +21,16 @@ MOST = 512
 
 @dataclass
 class Rows:
-    """some: (rows, channels), evenly spread over all that was seen. largest: (channels,) of |x|"""
+    """some: (rows, channels), evenly spread over all that was seen. low, high: (channels,) of all"""
 
-    largest: Tensor
+    low: Tensor
+    high: Tensor
     kept: list[Tensor] = field(default_factory=list)
+
+    @property
+    def largest(self) -> Tensor:
+        """(channels,) of |x|."""
+        return self.high.maximum(-self.low)
 
     @property
     def some(self) -> Tensor:
@@ -41,14 +47,14 @@ def inputs_of(
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = next(iter((*args, *kwargs.values()))).detach().flatten(0, -2)
-        largest = rows.abs().amax(0)
-        if not bool(largest.isfinite().all()):
+        low, high = rows.aminmax(dim=0)
+        if not bool((low.isfinite() & high.isfinite()).all()):
             raise ModelError(
                 f'the input of "{names[layer]}" with {rows.shape[1]} channels holds NaN or '
                 f'infinity for a calibration batch; check it, or exclude="{names[layer]}"'
             )
-        seen = found.setdefault(layer, Rows(largest))
-        seen.largest = seen.largest.maximum(largest)
+        seen = found.setdefault(layer, Rows(low, high))
+        seen.low, seen.high = seen.low.minimum(low), seen.high.maximum(high)
         seen.kept.append(rows[:: -(-len(rows) // MOST)].clone())
 
     with evaluating(model), unfused(), ExitStack() as stack:

@@ -42,7 +42,7 @@ def static(
     *,
     bits: Annotated[int, Field(ge=2, le=8)] = 8,
     observer: Observer = "mse",
-    samples: Annotated[int, Field(ge=1)] = 256,
+    samples: Annotated[int, Field(ge=1)] = 512,
     fallback: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     include: Patterns = None,
     exclude: Patterns = None,

@@ -24,7 +24,6 @@ from tersor.forms import Affine
 from tersor.forms.grid import Grid
 from tersor.forms.scaling import Scaling
 from tersor.measure.flow import watch
-from tersor.measure.histogram import Histogram, least_squares_range
 from tersor.methods.groups import Group, groups_of
 from tersor.methods.rescaling import (
     TOLERANCE,
@@ -50,7 +49,7 @@ def smooth(
     task: Task | None = None,
     *,
     multiply: bool = True,
-    samples: Annotated[int, Field(ge=1)] = 64,
+    samples: Annotated[int, Field(ge=1)] = 512,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> tuple[nn.Module, Outcome]:
@@ -58,7 +57,7 @@ def smooth(
 
     multiply: multiply a layer's input where nothing before it can take the factors; otherwise such
         layers are left alone
-    samples: calibration inputs to use, at most
+    samples: calibration inputs to use, at most; what only a few of them are loud in counts, too
     include, exclude: patterns on names and types, see `walk`; a linear layer that takes factors
         must be chosen too
 
@@ -122,25 +121,23 @@ def _best_factor(layers: list[nn.Module], rows: Rows) -> Tensor | None:
     loudest = weights[0].new_zeros(weights[0].shape[1])
     for weight in weights:
         loudest = loudest.maximum(weight.abs().amax(0))
-    best, least = None, _error(weights, rows.some, loudest.new_ones(len(loudest)))
+    best, least = None, _error(weights, rows, loudest.new_ones(len(loudest)))
     for alpha in ALPHAS:
         factor = rows.largest**alpha / loudest ** (1 - alpha)
         usable = (rows.largest > 0) & (loudest > 0)
         factor = factor.where(usable, factor.new_ones(())).clamp(1 / _MOST, _MOST)
-        error = _error(weights, rows.some, factor)
+        error = _error(weights, rows, factor)
         if error < least:
             best, least = factor, error
     return best
 
 
-def _error(weights: list[Tensor], rows: Tensor, factor: Tensor) -> float:
-    """Squared error of the products in 8 bits."""
-    quiet = rows / factor
-    histogram = Histogram()
-    histogram.add(quiet)
-    rounded = Grid.spanning(*least_squares_range(histogram))(quiet)
+def _error(weights: list[Tensor], rows: Rows, factor: Tensor) -> float:
+    """Squared error of the products in 8 bits, on a grid for all that was ever seen."""
+    grid = Grid.spanning(float((rows.low / factor).min()), float((rows.high / factor).max()))
+    rounded = grid(rows.some / factor)
     total = 0.0
     for weight in weights:
         coded = Affine.encode(weight * factor, bits=8).dense()
-        total += float((rounded @ coded.T - rows @ weight.T).square().sum())
+        total += float((rounded @ coded.T - rows.some @ weight.T).square().sum())
     return total
