@@ -21,7 +21,7 @@ MOST = 512
 
 @dataclass
 class Rows:
-    """some: (rows, channels), evenly spread over all that was seen. low, high: (channels,) of all"""
+    """some: (rows, channels), spread over all that was seen. low, high: (channels,) of all"""
 
     low: Tensor
     high: Tensor
