@@ -147,6 +147,20 @@ def test_a_file_gives_single_rows_back(tmp_path):
     assert torch.equal(load(path)(torch.ones(3, 20)), net(torch.ones(3, 20)))
 
 
+@pytest.mark.slow
+def test_an_exported_file_holds_the_packed_codes(tmp_path):
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    from tersor.export import to_onnx
+
+    net = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    trellis(net, bits=3, state_bits=10)
+    # It compares with torch's outputs, or raises.
+    found = to_onnx(net, tmp_path / "net.onnx", example=torch.randn(3, 24))
+    codes = {layer.name: layer for layer in found.layers}["0.weight.turned.codes"]
+    assert (codes.bytes, codes.note) == (24 * 64 * 3 // 8, "computed when used")
+
+
 def test_seeds_draw_other_rotations():
     weights = []
     for seed in (1, 1, 2):
