@@ -175,6 +175,14 @@ def test_export_writes_an_onnx_file_that_agrees(answer, file, folder):
     assert found["difference"]["relative"] < 1e-4
 
 
+def test_export_writes_an_openvino_file_that_agrees(answer, file, folder):
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    found = answer("export", file, "--to", "openvino", "--out", "x.xml", "--data", DATA)
+    assert found["difference"]["relative"] < 1e-4
+    assert (folder / "x.xml").is_file()
+    assert (folder / "x.bin").is_file()
+
+
 def test_export_and_profile_make_up_inputs_for_a_file(answer, tersor, file, folder):
     said = "The inputs were made up: random numbers and ones"
     profiled = answer("profile", file)
