@@ -96,6 +96,19 @@ def test_weights_alone_and_only_some(net):
     assert [site.form is not None for site in walk(done)] == [False, True, False, False]
     for name in ("0.weight", "0.bias", "7.weight", "7.bias", "9.weight"):
         assert torch.equal(done.get_parameter(name), net.get_parameter(name))
+    only = lsq(copy.deepcopy(net), task(), epochs=1, include="3")
+    assert not torch.equal(only[3].bias, net[3].bias)
+    for name, tensor in net.named_parameters():
+        assert name.startswith("3.") or torch.equal(only.get_parameter(name), tensor)
+    for name, tensor in net.named_buffers():
+        assert torch.equal(only.get_buffer(name), tensor)
+
+
+def test_what_drops_out_follows_no_chance(net):
+    model = nn.Sequential(*net[:8], nn.Dropout(0.5), *net[8:]).eval()
+    first, second = (lsq(copy.deepcopy(model), task(), epochs=1) for _ in range(2))
+    for old, new in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(old, new)
 
 
 def test_the_network_is_left_as_it_was_but_for_its_values(net):

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.errors import TaskError
 from tersor.forms import Bitmask, FakeAffine, NofM
@@ -190,11 +191,16 @@ def _groups(
 def _training(
     model: nn.Module, groups: Sequence[dict[str, Any]], *, batch_norms: bool
 ) -> Iterator[None]:
-    """Gradients reach these tensors alone; all is as before after it, statistics aside."""
+    """Gradients reach these tensors alone; all is as before after it, statistics aside.
+
+    Nothing is dropped out, which few bits do not need and which would follow no seed.
+    """
     chosen = {id(p) for group in groups for p in group["params"]}
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    model.train(batch_norms)
+    for module in model.modules():
+        own = isinstance(module, _BatchNorm) and id(module.weight) in chosen
+        module.training = batch_norms and own
     for parameter, _ in wanted:
         parameter.requires_grad_(id(parameter) in chosen)
     try:
