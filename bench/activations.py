@@ -30,27 +30,28 @@ def step(method: str, **options: Any) -> dict[str, Any]:
     return {"method": method, "options": options}
 
 
-WEIGHTS = step("quantize.rtn")
+def static(samples: int, **options: Any) -> dict[str, Any]:
+    """Static quantization, calibrated on so many inputs."""
+    return step("quantize.static", samples=samples, **options)
+
+
+WEIGHTS, BIAS = step("quantize.rtn"), step("recover.bias")
 EQUALIZE, SMOOTH = step("transform.equalize"), step("transform.smooth")
-BIAS = step("recover.bias")
-STATIC: dict[str, Steps] = {
-    f"static, {observer}": [step("quantize.static", observer=observer)]
-    for observer in ("minmax", "percentile", "mse", "entropy")
-}
+OBSERVERS = ("minmax", "percentile", "mse", "entropy")
 CONVOLUTIONS: dict[str, Steps] = {
     "rtn 8 bits": [WEIGHTS],
-    **STATIC,
-    "equalize, static": [EQUALIZE, step("quantize.static")],
-    "static, bias": [step("quantize.static"), BIAS],
-    "static, half of it falls back": [step("quantize.static", fallback=0.5)],
-    "static, 6-bit activations": [step("quantize.static", bits=6)],
-    "static, 6-bit activations, bias": [step("quantize.static", bits=6), BIAS],
+    **{f"static, {observer}": [static(256, observer=observer)] for observer in OBSERVERS},
+    "equalize, static": [EQUALIZE, static(256)],
+    "static, bias": [static(256), BIAS],
+    "static, half of it falls back": [static(256, fallback=0.5)],
+    "static, 6-bit activations": [static(256, bits=6)],
+    "static, 6-bit activations, bias": [static(256, bits=6), BIAS],
 }
 SENTENCES: dict[str, Steps] = {
     "rtn 8 bits": [WEIGHTS],
-    **STATIC,
-    "smooth, static": [SMOOTH, step("quantize.static")],
-    "smooth, static, minmax": [SMOOTH, step("quantize.static", observer="minmax")],
+    "static": [static(512)],
+    "smooth, static": [SMOOTH, static(512)],
+    "smooth, static, minmax": [SMOOTH, static(512, observer="minmax")],
     "dynamic": [step("quantize.dynamic")],
     "dynamic, per row": [step("quantize.dynamic", per_row=True)],
 }
