@@ -49,14 +49,16 @@ def assemble(
         shards[name].forget()
 
     def compare(draft: Path) -> None:
-        for entry, found in stream(draft):
-            name = entry.names[0]
-            if not _same(found, items[name]):
-                raise OutputError(
-                    f'"{name}" did not come back from the file as it was written, so nothing was '
-                    "kept; look after the disk and the memory, and call it again"
-                )
-            forget(name)
+        # As an open file: by its path it would be mapped, and count as memory once it was read.
+        with draft.open("rb") as file:
+            for entry, found in stream(file):
+                name = entry.names[0]
+                if not _same(found, items[name]):
+                    raise OutputError(
+                        f'"{name}" did not come back from the file as it was written, so nothing '
+                        "was kept; look after the disk and the memory, and call it again"
+                    )
+                forget(name)
 
     save_tensors(
         items,
