@@ -9,9 +9,10 @@ from torch import nn
 import zoo
 from tersor.export import packed
 from tersor.forms.grid import DynamicGrid, Grid
+from tersor.forms.scaling import Scaling
 from tersor.methods.quantize.rtn import rtn
 from tersor.surgery import decoded
-from tersor.surgery.grids import put
+from tersor.surgery.grids import put, put_scaling
 
 BFLOAT = 2.0**-7
 
@@ -84,6 +85,16 @@ def test_dynamic_grids_are_multiplied_as_integers():
             assert torch.allclose(done.model(batch), net(batch), atol=1e-4)
 
 
+@pytest.mark.parametrize("grid", [True, False])
+def test_an_input_is_scaled_before_it_is_rounded(grid):
+    net, x = layer(bits=8), torch.randn(9, 128)
+    put_scaling(net[0], Scaling(torch.linspace(0.1, 3, 128)))
+    if grid:
+        put(net[0], "input", Grid.spanning(-5.0, 5.0))
+    with torch.inference_mode():
+        assert relative(packed(net).model(x), net(x)) < (1e-5 if grid else BFLOAT)
+
+
 def test_one_row_worked_by_hand():
     # Sixteen outputs of 32 inputs, all weights 2 steps of 0.5: 32 * 1.0 * 0.25 + 1.
     net = layer(32, 16, bits=4)
@@ -101,12 +112,13 @@ def test_what_no_kernel_fits_stays_and_says_why():
             self.plain, self.odd = nn.Linear(64, 32), nn.Linear(64, 30)
             self.short, self.zeros = nn.Linear(48, 32), nn.Linear(64, 32)
             self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
-            self.fits = nn.Linear(32, 32)
+            self.fits, self.watched = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.watched.register_forward_hook(lambda *_: None)
 
     net = Several().eval()
     rtn(net, bits=4, group_size=32, include=["odd", "short", "attention.*"])
     rtn(net, bits=8, symmetric=False, include="zeros")
-    rtn(net, bits=8, include="fits")
+    rtn(net, bits=8, include=["fits", "watched"])
     done = packed(net)
     assert done.layers == {"fits": "8-bit codes, bfloat16 activations"}
     assert done.skipped == {
@@ -114,6 +126,7 @@ def test_what_no_kernel_fits_stays_and_says_why():
         "odd": "30 outputs: the kernel takes multiples of 16",
         "short": "48 inputs, group_size=32: the kernel takes whole groups of 32, 64, 128 or 256",
         "zeros": "codes of 8 bits need one scale per output, and no zero points",
+        "watched": "it has hooks of its own",
         "attention.out_proj": "MultiheadAttention reads its weight itself",
     }
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tersor.forms import Affine
 from tersor.forms.affine import from_matrix, spread
 from tersor.forms.grid import DynamicGrid, Grid
-from tersor.surgery.grids import grid_of
-from tersor.surgery.hold import form_of
+from tersor.surgery.grids import grid_of, scaling_of
+from tersor.surgery.hold import form_of, release_all
 
 _GROUPS = (256, 128, 64, 32)
 
@@ -53,8 +53,8 @@ def packed(model: nn.Module) -> Packed:
     """A copy of `model` for evaluation on the CPU; the model itself stays as it is.
 
     Outputs are those of the model but for the precision of the activations: exact to float32 where
-    the input is on a grid, and to bfloat16 (about 0.4 % of the largest output) elsewhere. A weight
-    tied to an embedding is kept twice, as its form and packed.
+    the input is on a grid, and to bfloat16 (0.8 % of the largest output) elsewhere. Weights that are
+    not packed are decoded, once.
     """
     copied = copy.deepcopy(model).cpu().eval()
     layers: dict[str, str] = {}
@@ -76,6 +76,7 @@ def packed(model: nn.Module) -> Packed:
             setattr(parent, name, new)
         else:
             copied = new
+    release_all(copied)
     return Packed(copied, layers, skipped)
 
 
@@ -91,11 +92,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
+        self.add_module("scaling", scaling_of(layer))
         for where in ("input", "output"):
             self.add_module(f"{where}_rounding", grid_of(layer, where))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
+        scaling = self._modules["scaling"]
+        rows = (x if scaling is None else scaling(x)).reshape(-1, self.in_features)
         y = self._multiply(rows).to(x.dtype).view(*x.shape[:-1], self.out_features)
         rounding = self._modules["output_rounding"]
         return y if rounding is None else rounding(y)
@@ -197,6 +200,8 @@ class _EightBits(PackedLinear):
 
 def _packed(layer: nn.Linear) -> PackedLinear:
     """The layer on the kernel that fits it; raises _UnfitError."""
+    if any(isinstance(key, int) for key in (*layer._forward_pre_hooks, *layer._forward_hooks)):
+        raise _UnfitError("it has hooks of its own")
     form = form_of(layer, "weight")
     if not isinstance(form, Affine):
         raise _UnfitError("its weight is not stored as integer codes")
