@@ -53,8 +53,8 @@ def packed(model: nn.Module) -> Packed:
     """A copy of `model` for evaluation on the CPU; the model itself stays as it is.
 
     Outputs are those of the model but for the precision of the activations: exact to float32 where
-    the input is on a grid, and to bfloat16 (0.8 % of the largest output) elsewhere. Weights that are
-    not packed are decoded, once.
+    the input is on a grid, and to bfloat16 (0.8 % of the largest output) elsewhere. Weights that
+    are not packed are decoded, once.
     """
     copied = copy.deepcopy(model).cpu().eval()
     layers: dict[str, str] = {}
