@@ -14,7 +14,17 @@ from torch import Tensor, nn
 import make_golden
 from make_golden import network, values
 from tersor.codec import save
-from tersor.forms import Affine, Bitmask, BitPlanes, BlockFloat, Codebook, Dense, NofM, Residual, Trellis
+from tersor.forms import (
+    Affine,
+    Bitmask,
+    BitPlanes,
+    BlockFloat,
+    Codebook,
+    Dense,
+    NofM,
+    Residual,
+    Trellis,
+)
 from tersor.surgery import hold
 
 BASES = {"changes": "max", "trained": "floats"}

@@ -51,7 +51,8 @@ def test_seeds_load_and_have_every_coder_and_form(seeds):
     texts = " ".join(map(str, headers))
     for form in (
         "affine",
-        "bit_planes", "bitmask",
+        "bit_planes",
+        "bitmask",
         "block_float",
         "codebook",
         "dense",
