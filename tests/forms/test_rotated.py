@@ -54,6 +54,12 @@ def test_what_was_turned_comes_back(shape, axis):
     assert torch.equal(again.dense(), form.dense())
 
 
+def test_outputs_and_inputs_are_turned_by_their_own_seeds():
+    matrix = torch.randn(6, 5)
+    outputs, inputs = turn(torch.eye(6), 2 * 4).T, turn(torch.eye(5), 2 * 4 + 1).T
+    assert torch.allclose(turn_both(matrix, 4), outputs @ matrix @ inputs.T, atol=1e-6)
+
+
 def test_errors_keep_their_size():
     matrix, error = torch.randn(20, 12), torch.randn(20, 12)
     moved = turn_back(turn_both(matrix, 2) + error, 2) - matrix

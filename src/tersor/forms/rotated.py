@@ -89,12 +89,12 @@ def check_seed(seed: object) -> None:
 
 def turn_both(matrix: Tensor, seed: int) -> Tensor:
     """U matrix V^T, float32 (outputs, inputs): what `Rotated` stores of it."""
-    return turn(turn(matrix.float(), 2 * seed).T, 2 * seed + 1).T.contiguous()
+    return turn(turn(matrix.float().T, 2 * seed).T, 2 * seed + 1).contiguous()
 
 
 def turn_back(turned: Tensor, seed: int) -> Tensor:
     """The inverse of `turn_both`, its transpose."""
-    return turn(turn(turned.T, 2 * seed + 1, back=True).T, 2 * seed, back=True)
+    return turn(turn(turned, 2 * seed + 1, back=True).T, 2 * seed, back=True).T
 
 
 def turn(x: Tensor, seed: int, *, back: bool = False) -> Tensor:
