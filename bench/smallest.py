@@ -49,12 +49,14 @@ class Network:
 
     rates: bits per weight to try
     states: of the trellis; 64 take a minute for a million weights
+    after: steps that follow, such as a recovery
     """
 
     model: Callable[[], nn.Module]
     task: Callable[[], tersor.Task]
     rates: tuple[float, ...]
     states: int = 32
+    after: tuple[dict[str, Any], ...] = ()
 
 
 def cropped(count: int, seed: int = 0) -> Tensor:
@@ -113,6 +115,7 @@ def resnet32() -> nn.Module:
     return zoo._loaded(zoo.CifarResNet(32), "resnet32_cifar10")
 
 
+TUNE = {"method": "recover.scales", "options": {"epochs": 3, "rate": 0.003, "samples": 256}}
 _CURVE = (3.2, 2.7, 2.2, 1.8, 1.4, 1.1, 0.9)
 NETWORKS = {
     "resnet20": Network(zoo.resnet20, cifar, _CURVE, 64),
@@ -122,7 +125,11 @@ NETWORKS = {
     "mobilenet": Network(zoo.mobilenet_v1, imagenet, (5.2, 4.8, 4.4, 4.0)),
     "silero": Network(zoo.silero_vad, speech.task, (4.0, 3.4, 3.0, 2.6, 2.3)),
     "stories": Network(
-        zoo.stories260k, lambda: stories.task(256), (4.6, 4.4, 4.3, 4.0, 3.6, 3.2), 64
+        zoo.stories260k,
+        lambda: stories.task(256),
+        (4.6, 4.4, 4.35, 4.3, 4.0, 3.6, 3.2),
+        64,
+        (TUNE,),
     ),
     "minilm": Network(sentences.model, pairs, (3.9, 3.1, 2.6, 2.2, 1.9), 8),
 }
@@ -161,7 +168,8 @@ def measured(name: str, network: Network) -> dict[str, Any]:
                 {
                     "method": "quantize.entropy",
                     "options": {"bits": bits, "samples": IMAGES, "states": network.states},
-                }
+                },
+                *network.after,
             ]
             done = run(model, recipe, task, known=known)
             seconds = time.perf_counter() - started
