@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 
 from tersor.errors import CompressError, ExportError
+from tersor.export.onnx_attention import tidy_attention
 from tersor.export.onnx_graph import DOMAIN, Weight, fill, swap
 from tersor.export.onnx_grids import fill_grids, swap_grids
 from tersor.export.onnx_names import GRIDS, name_all
@@ -47,6 +48,7 @@ def build(call: Call, tensors: list[Tensor], opset: int, *, integer_products: bo
     weights, grids = swap(call.model), swap_grids(call.model)
     with quiet():
         model = _exported(call, tensors, opset, kind)
+        tidy_attention(model.graph)
         pairs = fill_grids(model.graph, grids, opset)
         fill(model.graph, weights, opset, integer_products=integer_products)
     inputs, outputs = name_all(model, call, tensors)
