@@ -10,7 +10,7 @@ from torch import nn
 import zoo
 from surgery.nets import NETS, make
 from tersor.codec import load, read_tensor, save
-from tersor.errors import OptionError
+from tersor.errors import ModelError, OptionError
 from tersor.forms import Bitshift, Rotated
 from tersor.forms.bitshift import from_tiles, states, unpack, values
 from tersor.forms.rotated import turn_both
@@ -191,6 +191,10 @@ def test_what_cannot_be_coded_is_refused():
         trellis(nn.Linear(8, 8), state_bits=17)
     with pytest.raises(OptionError, match=r'"weight" of shape .8, 8. is pruned, and a rotation'):
         trellis(magnitude(nn.Linear(8, 8)))
+    layer = nn.Linear(8, 8)
+    layer.weight.data[3, 4] = torch.nan
+    with pytest.raises(ModelError, match=r'"weight" of shape .8, 8. holds NaN'):
+        trellis(layer)
     with pytest.raises(OptionError, match=r'"weight" of shape .8, 8. is held as affine already'):
         trellis(rtn(nn.Linear(8, 8)))
 
@@ -203,4 +207,4 @@ def test_a_llama_still_writes_at_three_bits():
 
     net, task = zoo.stories260k(), stories.task(64)
     trellis(net, task, bits=3, state_bits=12, samples=64, exclude="tok_embeddings")
-    assert quality(net, task)["perplexity"].value < 9
+    assert quality(net, task)["perplexity"].value < 6.5

@@ -2,7 +2,7 @@
 
 Source: Chee et al. 2023 (QuIP), arXiv:2307.13304, eq. 3 and theorem 1 (LDLQ, the same as GPTQ), and
 Tseng et al. 2024 (QTIP), arXiv:2406.11235, section 4.1, for strips of columns.
-Differs: strips are as narrow as a ring allows, one column where the weight has 256 rows or more, so
+Differs: strips are as narrow as a ring allows, one column where the weight has 128 rows or more, so
 that every error is fed forward at once.
 """
 
@@ -45,7 +45,7 @@ class Code:
         return from_tiles(found, outputs, inputs, tile)
 
     def tile(self, outputs: int, inputs: int) -> tuple[int, int]:
-        """Rows of about 256, and as many columns as a ring needs."""
+        """Rows of about 256, or all there are and as many columns as make a ring of 128."""
         rows = -(-outputs // max(1, round(outputs / _RING)))
         columns = min(inputs, -(-_RING // (2 * rows)))
         return max(rows, -(-self.state_bits // (self.bits * columns))), columns

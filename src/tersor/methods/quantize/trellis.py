@@ -28,7 +28,7 @@ from tersor.methods.layerwise import Layer, layerwise, plain
 from tersor.methods.ldlq import Code, encode
 from tersor.recipe import method
 from tersor.surgery.hold import hold
-from tersor.surgery.walk import Patterns, Site, walk
+from tersor.surgery.walk import Patterns, Site, check_finite, walk
 from tersor.task import Task
 
 
@@ -52,9 +52,10 @@ def trellis(
     generator: draws the rotations; a recipe notes its seed
     include, exclude: patterns on names and types, see `walk`
 
-    Raises OptionError for a weight that is pruned or quantized already, ModelError for calibration
-    inputs that are not finite.
+    Raises OptionError for a weight that is pruned or quantized already, ModelError for weights
+    or calibration inputs that are not finite.
     """
+    check_finite(model)
     sites = walk(model, include, exclude)
     plain(sites)
     for site in sites:
