@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from methods.test_columns import levels, nearest, skewed
+from methods.test_columns import levels, skewed
 from tersor.errors import OptionError, TaskError
 from tersor.methods.columns import Problem
 from tersor.methods.quantize.adaround import adaround, rounded, undecided
@@ -29,7 +29,7 @@ def test_comes_near_the_best_of_all_roundings(seed):
     assert min(errors) - 1e-12 <= reached
     # Of 1,024 roundings at most one in ten is better.
     assert sum(error < reached - 1e-12 for error in errors) <= 102
-    assert reached <= float(problem.error(found.dense(nearest(weight, found))))
+    assert reached <= float(problem.error(found.dense(found.nearest(weight))))
 
 
 def test_codes_are_beside_the_weight_and_within_the_levels():

@@ -14,8 +14,9 @@ from tersor.errors import ModelError, OptionError
 from tersor.forms import Bitshift, Rotated
 from tersor.forms.bitshift import from_tiles, states, unpack, values
 from tersor.forms.rotated import turn_both
-from tersor.methods.layerwise import Layer, Moments
+from tersor.methods.layerwise import Layer
 from tersor.methods.ldlq import Code, encode
+from tersor.methods.moments import Moments
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.rtn import rtn
 from tersor.methods.quantize.trellis import rotated, trellis
@@ -131,7 +132,7 @@ def test_a_rotation_costs_nothing_where_none_is_needed():
     layer = nn.Linear(96, 128, bias=False)
     layer.weight.data = weight
     site = walk(layer)[0]
-    seen = Moments(moments[None], None, 1000)
+    seen = Moments(moments[None], None)
     form = rotated(Layer(site, weight, seen), CODE, 7)
     plain = error(weight, encode(weight, moments, CODE), moments)
     assert error(weight, form, moments) < 1.15 * plain

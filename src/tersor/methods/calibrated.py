@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tersor.errors import OptionError, TaskError
 from tersor.forms import Affine
-from tersor.methods.columns import Levels, Problem, descend, feed_forward, refit
+from tersor.methods.columns import Levels, Problem, Rounding
 from tersor.methods.layerwise import Layer, layerwise
+from tersor.methods.moments import Metric
 from tersor.methods.ranges import levels_of
 from tersor.methods.sparse import keep_zeros
-from tersor.surgery.walk import Patterns, check_finite, walk
+from tersor.surgery.walk import Patterns, Site, check_finite, walk
 from tersor.task import Task
 
 Coding = Callable[[Problem, Levels], tuple[Tensor, Levels]]
 """Chooses codes (outputs, inputs), and the levels that they then stand for."""
 
-_ROUNDS, _SWEEPS = 2, 2
+_ROUNDS, _SWEEPS = 1, 2
 """Rounds of fitting scales and going over the codes, and sweeps over them in each."""
 
 
@@ -46,12 +47,7 @@ def affine_layers(
         raise TaskError(f"{name} needs inputs to run the network on; pass a task")
     check_finite(model)
     chosen = walk(model, *sites)
-    for site in chosen:
-        if site.form is not None and not symmetric:
-            raise OptionError(
-                f"symmetric=False cannot keep the zeros of the pruned layer {site.name!r} of shape "
-                f"{tuple(site.weight.shape)}; use symmetric=True"
-            )
+    check_zeros(chosen, symmetric)
 
     def quantize(layer: Layer) -> Affine:
         return affine(
@@ -62,28 +58,39 @@ def affine_layers(
     return model
 
 
+def check_zeros(sites: Sequence[Site], symmetric: bool) -> None:
+    """Raises OptionError for pruned weights, where codes with zero points are asked for."""
+    for site in sites:
+        if site.form is not None and not symmetric:
+            raise OptionError(
+                f"symmetric=False cannot keep the zeros of the pruned layer {site.name!r} of shape "
+                f"{tuple(site.weight.shape)}; use symmetric=True"
+            )
+
+
 def affine(
     layer: Layer, *, bits: int, group_size: int | None, symmetric: bool, choose: Coding
 ) -> Affine:
     """The codes of one weight, sparse ones where it was pruned."""
-    codes, levels = [], []
+    codes, scale, zero = [], [], []
     for part in problems(layer):
-        found = levels_of(
-            part.target,
-            bits=bits,
-            group_size=group_size,
-            symmetric=symmetric,
-            weights=part.moments.diagonal(),
-        )
-        each, found = choose(part, found)
-        codes.append(each)
-        levels.append(found)
+        for few in part.split():
+            found = levels_of(
+                few.target,
+                bits=bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                weights=few.metric.energies,
+            )
+            each, found = choose(few, found)
+            codes.append(each.to(torch.int8))
+            scale.append(found.scale.to(torch.bfloat16))
+            zero.append(found.zero.to(torch.int8))
     weight = layer.site.weight
-    zero = torch.cat([each.zero for each in levels])
     form = Affine(
-        torch.cat(codes).to(torch.int8),
-        torch.cat([each.scale for each in levels]).to(torch.bfloat16),
-        None if symmetric else zero.to(torch.int8),
+        torch.cat(codes),
+        torch.cat(scale),
+        None if symmetric else torch.cat(zero),
         bits=bits,
         group_size=group_size,
         axis=layer.site.axis,
@@ -99,7 +106,7 @@ def problems(layer: Layer) -> list[Problem]:
     """What each group of a weight's outputs should become: one, but for grouped convolutions."""
     if layer.moments is None:
         eye = torch.eye(layer.matrix.shape[1], device=layer.matrix.device)
-        return [Problem(layer.matrix, eye, layer.zeros)]
+        return [Problem(layer.matrix, Metric(eye), layer.zeros)]
     own, cross = layer.moments.own, layer.moments.cross
     parts = layer.matrix.chunk(len(own))
     zeros = [None] * len(own) if layer.zeros is None else layer.zeros.chunk(len(own))
@@ -111,17 +118,9 @@ def problems(layer: Layer) -> list[Problem]:
 
 def best_codes(problem: Problem, levels: Levels) -> tuple[Tensor, Levels]:
     """Codes (outputs, inputs), and the levels with scales as they are stored."""
-    codes = feed_forward(problem, levels)
+    rounding = Rounding(problem, levels)
+    rounding.feed_forward()
     for _ in range(_ROUNDS):
-        fitted = refit(problem, levels, codes)
-        fitted = Levels(
-            fitted.scale.to(torch.bfloat16).to(fitted.scale.dtype),
-            *(fitted.zero, fitted.low, fitted.high, fitted.group_size),
-        )
-        worse = problem.error(fitted.dense(codes)) > problem.error(levels.dense(codes))
-        levels = Levels(
-            torch.where(worse[:, None], levels.scale, fitted.scale),
-            *(levels.zero, levels.low, levels.high, levels.group_size),
-        )
-        codes = descend(problem, levels, codes, _SWEEPS)
-    return codes, levels
+        rounding.refit()
+        rounding.descend(_SWEEPS)
+    return rounding.codes, rounding.levels

@@ -8,17 +8,18 @@ that is not the weight itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tersor.errors import ModelError
 from tersor.forms.affine import spread
+from tersor.methods.moments import Metric
 
-_DAMPING = 0.01
-"""Share of the mean energy that is added to that of each input (GPTQ, section 3.3)."""
 _BLOCK = 128
+_AT_ONCE = 2**22
+"""Elements of a weight that are looked at together, which bounds the memory beside the moments."""
 
 
 @dataclass(frozen=True)
@@ -46,151 +47,195 @@ class Levels:
         scale, zero = self.spread(codes.shape[1])
         return (codes - zero) * scale
 
+    def nearest(self, weight: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """Codes (outputs, inputs) of the levels nearest to a weight; of 0 where it must be zero."""
+        scale, zero = self.spread(weight.shape[1])
+        codes = (weight / scale + zero).round_().clamp_(self.low, self.high)
+        return codes if zeros is None else torch.where(zeros, zero, codes)
+
 
 @dataclass(frozen=True)
 class Problem:
-    """Find Q with the least tr((target - Q) moments (target - Q)^T).
+    """Find Q for which target - Q costs least.
 
     target: (outputs, inputs)
-    moments: (inputs, inputs), positive definite
+    metric: of errors
     zeros: (outputs, inputs) bool, where Q must be zero; None for nowhere
     """
 
     target: Tensor
-    moments: Tensor
+    metric: Metric
     zeros: Tensor | None = None
 
     @classmethod
     def of(
         cls, matrix: Tensor, own: Tensor, cross: Tensor | None = None, zeros: Tensor | None = None
     ) -> Problem:
-        """What a weight should become, for moments as in `layerwise.Moments`.
+        """What a weight should become, for moments as in `Moments`.
 
         With `cross` the target has, of all matrices, the outputs for what the layer is given now
-        that are nearest to the original's. The damping stands for inputs that nobody saw, in which
-        both are given the same.
+        that are nearest to the original's. In the inputs that nobody saw both are given the same.
         """
-        energy = own.diagonal().mean()
-        if not float(energy) > 0:
-            return cls(matrix, torch.eye(len(own), dtype=own.dtype, device=own.device), zeros)
-        extra = (_DAMPING * energy) * torch.eye(len(own), dtype=own.dtype, device=own.device)
-        moments = own + extra
-        if cross is not None:
-            matrix = torch.linalg.solve(moments, matrix @ (cross + extra), left=False)
-        return cls(matrix, moments, zeros)
+        metric = Metric.damped(own)
+        if cross is not None and metric.extra:
+            matrix = metric.solve((matrix @ cross).add_(matrix, alpha=metric.extra))
+        return cls(matrix, metric, zeros)
 
     def error(self, weight: Tensor) -> Tensor:
         """Of each row, (outputs,)."""
-        apart = self.target - weight
-        return ((apart @ self.moments) * apart).sum(1)
+        return self.metric.of(self.target - weight)
+
+    def split(self) -> Iterator[Problem]:
+        """The same for a few rows at a time."""
+        rows = max(1, _AT_ONCE // self.target.shape[1])
+        for start in range(0, len(self.target), rows):
+            few = slice(start, start + rows)
+            zeros = None if self.zeros is None else self.zeros[few]
+            yield Problem(self.target[few], self.metric, zeros)
 
 
-def feed_forward(problem: Problem, levels: Levels, *, ordered: bool = True) -> Tensor:
-    """Codes (outputs, inputs) as floats, by GPTQ.
+class Rounding:
+    """Rows of a weight on their way to codes.
 
-    With the inverse of the moments = U^T U, U upper triangular, an error e at column j moves each
-    later column k by -e * U_jk / U_jj. ordered: columns in the order of falling energy
+    Inside, columns stand first and in the order of rising energy: neighbours in memory are what is
+    computed together, and the last columns, which matter most, are coded first.
     """
-    order = _order(problem.moments, ordered)
-    upper = _upper(problem.moments[order][:, order])
-    left = problem.target[:, order].clone()
-    scale, zero = (part[:, order] for part in levels.spread(left.shape[1]))
-    zeros = None if problem.zeros is None else problem.zeros[:, order]
-    codes = torch.empty_like(left)
-    for start in range(0, left.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, left.shape[1])
-        errors = torch.empty_like(left[:, start:stop])
-        for column in range(start, stop):
-            value = left[:, column]
-            code = value / scale[:, column] + zero[:, column]
-            code = code.round_().clamp_(levels.low, levels.high)
-            if zeros is not None:
-                code = torch.where(zeros[:, column], zero[:, column], code)
-            codes[:, column] = code
-            error = (value - (code - zero[:, column]) * scale[:, column]) / upper[column, column]
-            errors[:, column - start] = error
-            left[:, column + 1 : stop].addr_(error, upper[column, column + 1 : stop], alpha=-1)
-        left[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
-    return codes[:, order.argsort()]
+
+    def __init__(self, problem: Problem, levels: Levels) -> None:
+        metric, inputs = problem.metric, problem.target.shape[1]
+        self._metric, self._levels, self._order = metric, levels, metric.order
+        self._target = problem.target.T[self._order]
+        self._zeros = None if problem.zeros is None else problem.zeros.T[self._order]
+        self._member = self._order // (levels.group_size or inputs)
+        self._groups: list[int] = self._member.tolist()
+        self._scale, self._zero = levels.scale.T.contiguous(), levels.zero.T.contiguous()
+        self._codes = torch.zeros_like(self._target)
+        # Moments times target, and times target - Q: what a small change of each value would gain.
+        self._wish: Tensor | None = None
+        self._pull: Tensor | None = None
+
+    @property
+    def codes(self) -> Tensor:
+        """(outputs, inputs) as floats."""
+        return self._codes[self._order.argsort()].T
+
+    @property
+    def levels(self) -> Levels:
+        """What they stand for."""
+        return replace(self._levels, scale=self._scale.T.contiguous())
+
+    def start(self, codes: Tensor) -> None:
+        """Takes codes (outputs, inputs) from elsewhere."""
+        self._codes, self._pull = codes.T[self._order], None
+
+    def feed_forward(self) -> None:
+        """Chooses all codes, by GPTQ."""
+        lower, _ = self._metric.factors
+        left, self._pull = self._target.clone(), None
+        for start, stop in _blocks(len(left)):
+            errors = torch.empty_like(left[start:stop])
+            for column in reversed(range(start, stop)):
+                code = self._nearest(column, left[column])
+                self._codes[column] = code
+                error = self._target[column] - self._value(column, code)
+                errors[column - start] = error
+                left[start:column].addr_(lower[column, start:column], error)
+            left[:start].addmm_(lower[start:stop, :start].T, errors)
+
+    def descend(self, sweeps: int) -> None:
+        """Goes over the codes again, each becoming the best for all others as they are.
+
+        No row gets worse: its error falls or stays. Ends early once nothing changes.
+        """
+        moments, pull = self._metric.ordered, self._pulled()
+        energies = moments.diagonal().tolist()
+        for _ in range(sweeps):
+            changed = False
+            for start, stop in _blocks(len(pull)):
+                moved = torch.zeros_like(pull[start:stop])
+                for column in reversed(range(start, stop)):
+                    value = self._value(column, self._codes[column])
+                    code = self._nearest(column, value + pull[column] / energies[column])
+                    move = self._value(column, code) - value
+                    moved[column - start] = move
+                    self._codes[column] = code
+                    pull[start:stop].addr_(moments[start:stop, column], move, alpha=-1)
+                if bool(moved.any()):
+                    changed = True
+                    pull[:start].addmm_(moments[:start, start:stop], moved, alpha=-1)
+                    pull[stop:].addmm_(moments[stop:, start:stop], moved, alpha=-1)
+            if not changed:
+                break
+
+    def refit(self) -> None:
+        """Takes the least-squares scales for the codes, as they are stored.
+
+        A row keeps its own where the new ones, once rounded, would be worse.
+        """
+        apart = self._apart()
+        if self._wish is None:
+            self._wish = self._metric.ordered @ self._target
+        wanted = self._by_group(apart * self._wish).T
+        system, pulled = self._system(apart)
+        ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+        eye = torch.eye(len(self._scale), dtype=system.dtype, device=system.device)
+        found = torch.linalg.solve(system + ridge[:, None, None] * eye, wanted)
+        found = found.to(torch.bfloat16).to(found.dtype)
+        before = self._scale.T
+        found = torch.where((found > 0) & torch.isfinite(found), found, before)
+
+        def cost(scale: Tensor) -> Tensor:
+            return ((torch.einsum("ogh,oh->og", system, scale) - 2 * wanted) * scale).sum(1)
+
+        better = cost(found) < cost(before)
+        self._scale = torch.where(better[:, None], found, before).T.contiguous()
+        self._pull = None if pulled is None else self._wish - pulled * self._scale
+
+    def _system(self, apart: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of every row (groups, groups): what two groups with scales of 1 cost together.
+
+        And moments @ apart, where there is one group.
+        """
+        moments, groups = self._metric.ordered, len(self._scale)
+        if groups == 1:
+            pulled = moments @ apart
+            return (pulled * apart).sum(0)[:, None, None], pulled
+        system = apart.new_empty(apart.shape[1], groups, groups)
+        for group in range(groups):
+            members = (self._member == group).nonzero()[:, 0]
+            system[:, group] = self._by_group((moments[:, members] @ apart[members]).mul_(apart)).T
+        return system, None
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        """Sums of (inputs, outputs) over the inputs of each group, (groups, outputs)."""
+        return values.new_zeros(len(self._scale), values.shape[1]).index_add_(
+            0, self._member, values
+        )
+
+    def _apart(self) -> Tensor:
+        """The codes without their zero points."""
+        return self._codes - self._zero[self._member]
+
+    def _pulled(self) -> Tensor:
+        if self._pull is None:
+            value = self._apart().mul_(self._scale[self._member])
+            self._pull = self._metric.ordered @ value.neg_().add_(self._target)
+        return self._pull
+
+    def _nearest(self, column: int, value: Tensor) -> Tensor:
+        group, found = self._groups[column], self._levels
+        code = (value / self._scale[group]).add_(self._zero[group])
+        code.round_().clamp_(found.low, found.high)
+        if self._zeros is None:
+            return code
+        return torch.where(self._zeros[column], self._zero[group], code)
+
+    def _value(self, column: int, code: Tensor) -> Tensor:
+        group = self._groups[column]
+        return (code - self._zero[group]).mul_(self._scale[group])
 
 
-def descend(problem: Problem, levels: Levels, codes: Tensor, sweeps: int) -> Tensor:
-    """Goes over the codes again, each becoming the best for all others as they are.
-
-    No code gets worse: the error falls or stays. Ends early once nothing changes.
-    """
-    order = _order(problem.moments, True)
-    scale, zero = (part[:, order] for part in levels.spread(codes.shape[1]))
-    moments = problem.moments[order][:, order]
-    zeros = None if problem.zeros is None else problem.zeros[:, order]
-    codes = codes[:, order].clone()
-    for _ in range(sweeps):
-        before = codes.clone()
-        pull = (problem.target[:, order] - (codes - zero) * scale) @ moments
-        for start in range(0, codes.shape[1], _BLOCK):
-            stop = min(start + _BLOCK, codes.shape[1])
-            moved = torch.zeros_like(codes[:, start:stop])
-            for column in range(start, stop):
-                now = codes[:, column]
-                wanted = now + pull[:, column] / (moments[column, column] * scale[:, column])
-                code = wanted.round_().clamp_(levels.low, levels.high)
-                if zeros is not None:
-                    code = torch.where(zeros[:, column], now, code)
-                move = (code - now) * scale[:, column]
-                moved[:, column - start] = move
-                codes[:, column] = code
-                pull[:, start:stop].addr_(move, moments[column, start:stop], alpha=-1)
-            pull[:, stop:].addmm_(moved, moments[start:stop, stop:], alpha=-1)
-        if torch.equal(before, codes):
-            break
-    return codes[:, order.argsort()]
-
-
-def refit(problem: Problem, levels: Levels, codes: Tensor) -> Levels:
-    """Scales for which the codes do best, the least-squares ones where they are positive."""
-    groups = levels.scale.shape[1]
-    apart = codes - levels.spread(codes.shape[1])[1]
-    if groups == 1:
-        pulled = apart @ problem.moments
-        found = (pulled * problem.target).sum(1) / (pulled * apart).sum(1).clamp(min=1e-30)
-        found = found[:, None]
-    else:
-        found = _refit_groups(problem, apart, groups, levels.group_size or apart.shape[1])
-    good = (found > 0) & torch.isfinite(found)
-    return replace(levels, scale=torch.where(good, found, levels.scale))
-
-
-def _refit_groups(problem: Problem, apart: Tensor, groups: int, size: int) -> Tensor:
-    """For every row a small system: the groups' parts of the weight against the moments."""
-    outputs, inputs = apart.shape
-    member = torch.arange(inputs, device=apart.device) // size
-    one_hot = torch.nn.functional.one_hot(member, groups).to(apart)
-    wanted = ((problem.target @ problem.moments) * apart) @ one_hot
-    system = apart.new_empty(outputs, groups, groups)
-    for group in range(groups):
-        part = slice(group * size, min((group + 1) * size, inputs))
-        pulled = apart[:, part] @ problem.moments[part]
-        system[:, group] = (pulled * apart) @ one_hot
-    ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    eye = torch.eye(groups, dtype=apart.dtype, device=apart.device)
-    solved: Tensor = torch.linalg.solve(system + ridge.clamp(min=1e-30) * eye, wanted)
-    return solved
-
-
-def _order(moments: Tensor, ordered: bool) -> Tensor:
-    if not ordered:
-        return torch.arange(len(moments), device=moments.device)
-    return moments.diagonal().argsort(descending=True, stable=True)
-
-
-def _upper(moments: Tensor) -> Tensor:
-    """U of the inverse of the moments = U^T U."""
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-        return upper
-    except RuntimeError as error:
-        raise ModelError(
-            "what layers are given on calibration inputs is too large to work with: a mean square "
-            f"of {float(moments.diagonal().mean()):.3g}; check the inputs"
-        ) from error
+def _blocks(columns: int) -> Iterator[tuple[int, int]]:
+    """From the last to the first."""
+    for stop in range(columns, 0, -_BLOCK):
+        yield max(0, stop - _BLOCK), stop

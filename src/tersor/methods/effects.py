@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import ModelError, OptionError
+from tersor.errors import OptionError
 from tersor.forms import Dense
 from tersor.forms.form import rows
 from tersor.measure import evaluating, reference_outputs, swapped
 from tersor.measure.channels import channels, norms_of
 from tersor.measure.curvature import Curvature, GradientError, curvature
+from tersor.methods.moments import unit_lower
 from tersor.methods.norms import Original
 from tersor.surgery.walk import Site
 from tersor.task import Inputs, Task
@@ -134,18 +135,16 @@ def effect_of(moments: Tensor, damping: float) -> Effect:
     wide = moments.double()
     energy = wide.diagonal().mean().clamp(min=1e-30)
     damped = wide + damping * energy * torch.eye(len(wide), dtype=torch.float64)
-    try:
-        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped))).T
-    except RuntimeError as error:
-        raise ModelError(
-            f"what layers are given on calibration inputs is too large to work with: a mean square "
-            f"of {float(energy):.3g}; check the inputs"
-        ) from error
-    own = upper.diagonal()
-    weights, feedback = own.pow(-2), (upper / own[:, None]).T.tril(-1)
+    # From the last to the first, as `unit_lower` counts; with columns over their own, U is the
+    # inverse of the factor.
+    lower, pivots = unit_lower(damped.flip(0, 1))
+    upper = lower.flip(0, 1)
+    eye = torch.eye(len(wide), dtype=torch.float64)
+    feedback = torch.linalg.solve_triangular(upper, eye, upper=True, unitriangular=True)
+    weights = pivots.flip(0)
     return Effect(
         (weights / weights.mean()).float().numpy(),
-        feedback.contiguous().float().numpy(),
+        feedback.T.tril(-1).contiguous().float().numpy(),
         float(weights.mean() / damped.diagonal().mean()),
     )
 

@@ -12,42 +12,28 @@ arXiv:2505.11695, for outputs of the original as the target.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import ModelError, OptionError
 from tersor.forms import Bitmask, NofM
 from tersor.forms.form import Form, rows
 from tersor.measure import evaluating
 from tersor.measure.lockstep import Bring, Pass, lockstep
 from tersor.measure.products import Products, unfused_recurrence
 from tersor.measure.running import unfused
-from tersor.methods.sparse import sparse_form
-from tersor.surgery.hold import bake, release
+from tersor.methods.moments import Moments, Sums
+from tersor.methods.sparse import check_uncoded, released
+from tersor.surgery.hold import form_of, release
 from tersor.surgery.walk import Site, walk
 from tersor.task import Task
 
 # Of a convolution, for each sample.
 _PLACES = 64
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Means over everything that met a weight; x is what the quantized network brings.
-
-    own: (groups, inputs, inputs) float32, of x x^T
-    cross: (groups, inputs, inputs) float32, of y x^T, where y is what the original brings; None
-        where it was not asked for or not seen
-    count: rows that were seen
-    """
-
-    own: Tensor
-    cross: Tensor | None
-    count: int
 
 
 @dataclass(frozen=True)
@@ -97,12 +83,13 @@ def layerwise(
     samples: calibration inputs to use, at most
     original: whether the original network runs beside, for `Moments.cross`
 
-    Raises ModelError for inputs that are not finite.
+    Raises ModelError for inputs that are not finite. The model is then as it was, as after anything
+    else that ends it early.
     """
     batches = task.calibration(samples)
-    plain(sites)
+    check_uncoded(sites)
     twin = copy.deepcopy(model) if original else None
-    with evaluating(model), unfused(), unfused_recurrence(model):
+    with _all_or_none(sites), evaluating(model), unfused(), unfused_recurrence(model):
         here = Passes(sites, [partial(task.predict, model, batch) for batch in batches])
         if twin is None:
             in_order(here, quantize)
@@ -117,12 +104,12 @@ def layerwise(
 
 
 def layers_of(model: nn.Module, task: Task, sites: Sequence[Site], *, samples: int) -> list[Layer]:
-    """The weights as they are, with the moments of the network as it is; nothing is changed.
+    """The weights as they are, with the moments of the network as it is.
 
-    Those held by sparse forms become plain.
+    Weights held by sparse forms become plain; `Layer.sparse` is what held them.
     """
-    plain(sites)
-    sparse = {site.name: _released(site) for site in sites}
+    check_uncoded(sites)
+    sparse = {site.name: released(site) for site in sites}
     watch = _Adding(sites)
     with evaluating(model), unfused(), unfused_recurrence(model), torch.no_grad(), watch:
         for batch in task.calibration(samples):
@@ -134,26 +121,15 @@ def layers_of(model: nn.Module, task: Task, sites: Sequence[Site], *, samples: i
     ]
 
 
-def plain(sites: Sequence[Site]) -> None:
-    """Checks that no weight is quantized already, in any place. Raises OptionError."""
-    for site in sites:
-        if site.form is not None and sparse_form(site.form) is not site.form:
-            raise OptionError(
-                f'"{site.name}" of shape {tuple(site.weight.shape)} is held as {site.form.kind} '
-                "already, which quantizing again would only worsen; start from the original, or "
-                "exclude it"
-            )
-
-
 def in_order(here: Passes, quantize: Quantize, there: Passes | None = None) -> None:
     """The same for any calls. there: those of the original, weight for weight and batch for batch
 
     Weights are changed in place as the calls come to them, and held at the end.
     """
-    sparse = {site.name: _released(site) for site in here.sites}
+    sparse = {site.name: released(site) for site in here.sites}
     if there is not None:
         for site in there.sites:
-            _released(site)
+            released(site)
     forms: dict[str, Form] = {}
 
     def take(site: Site, moments: Moments | None) -> None:
@@ -173,17 +149,23 @@ def in_order(here: Passes, quantize: Quantize, there: Passes | None = None) -> N
         site.hold(forms[site.name])
 
 
-def _released(site: Site) -> Bitmask | NofM | None:
-    """Makes the weight plain, and returns what held it if it was pruned."""
-    for layer, attribute in site.uses:
-        bake(layer, attribute)
-    held = sparse_form(site.form)
-    if held is None:
-        return None
-    parameter: nn.Parameter | None = None
-    for layer, attribute in site.uses:
-        parameter = release(layer, attribute, parameter)
-    return held
+@contextmanager
+def _all_or_none(sites: Sequence[Site]) -> Iterator[None]:
+    """Puts weights and forms back where something fails, so that another try starts afresh."""
+    before = [(site, site.form, site.weight.clone()) for site in sites]
+    try:
+        yield
+    except BaseException:
+        for site, form, weight in before:
+            if form is not None:
+                site.hold(form)
+            else:
+                plain: nn.Parameter | None = None
+                for layer, attribute in site.uses:
+                    if form_of(layer, attribute) is not None:
+                        plain = release(layer, attribute, plain)
+                site.weight.copy_(weight)
+        raise
 
 
 class _Uses(Products):  # type: ignore[no-untyped-call]
@@ -215,10 +197,10 @@ class _Adding(Products):  # type: ignore[no-untyped-call]
 
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__(sites, _PLACES)
-        self.sums: dict[str, _Sum] = {}
+        self.sums: dict[str, Sums] = {}
 
     def met(self, site: Site, values: Bring) -> None:
-        self.sums.setdefault(site.name, _Sum()).add(site, values())
+        self.sums.setdefault(site.name, Sums()).add(site, values())
 
 
 def _take_several(
@@ -246,44 +228,10 @@ def _take_once(
     sites = [[named[n // count][name] for name in names] for n in range(len(runs))]
 
     def arrived(site: Site, brings: dict[int, Bring]) -> None:
-        total = _Sum()
+        total = Sums()
         for number in sorted(n for n in brings if n < count):
             other = brings.get(number + count)
             total.add(site, brings[number](), None if other is None else other())
-        take(site, total.moments() if total.count else None)
+        take(site, total.moments())
 
     lockstep(runs, sites, arrived, _PLACES)
-
-
-class _Sum:
-    """Moments being added up."""
-
-    def __init__(self) -> None:
-        self.own: Tensor | None = None
-        self.cross: Tensor | None = None
-        self.count = 0
-        self._pairs = 0
-
-    def add(self, site: Site, values: Tensor, others: Tensor | None = None) -> None:
-        """values, others: (groups, rows, inputs)"""
-        wide = values.float()
-        own = wide.transpose(1, 2) @ wide
-        if not bool(torch.isfinite(own).all()):
-            raise ModelError(
-                f'what "{site.name}" of shape {tuple(site.weight.shape)} is given on calibration '
-                "inputs is not finite; check the inputs, or exclude the layers before it"
-            )
-        self.own = own if self.own is None else self.own.add_(own)
-        self.count += wide.shape[1]
-        if others is not None and others.shape == values.shape:
-            cross = others.float().transpose(1, 2) @ wide
-            self.cross = cross if self.cross is None else self.cross.add_(cross)
-            self._pairs += wide.shape[1]
-
-    def moments(self) -> Moments:
-        """Of everything so far."""
-        assert self.own is not None
-        # Routed elsewhere in one of the networks, a row has no partner.
-        whole = self.cross is not None and self._pairs == self.count
-        cross = self.cross / self.count if self.cross is not None and whole else None
-        return Moments(self.own / self.count, cross, self.count)

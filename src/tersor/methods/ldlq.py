@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tersor.forms import Bitshift
 from tersor.forms.bitshift import from_tiles, pack, states, to_tiles, values
+from tersor.methods.moments import unit_lower
 from tersor.methods.viterbi import nearest_rings
 
 _RING = 256
@@ -79,19 +80,20 @@ def encode(matrix: Tensor, moments: Tensor | None, code: Code) -> Bitshift:
 
 
 def _fed_forward(matrix: Tensor, moments: Tensor, code: Code, tile: tuple[int, int]) -> Tensor:
-    # The inverse of the moments of all columns from i on is U[i:, i:]^T U[i:, i:].
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.double()))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    rest, found = matrix.clone(), []
+    # Errors (E U)_k of moments = U U^T, U upper triangular, are each made as small as can be.
+    lower, pivots = unit_lower(moments.flip(0, 1))
+    upper = (lower.mul_(pivots.sqrt())).flip(0, 1)
+    carried, found = torch.zeros_like(matrix), []
     for start in range(0, matrix.shape[1], tile[1]):
         own, later = slice(start, start + tile[1]), slice(start + tile[1], None)
-        within = torch.linalg.inv(upper[own, own])
+        within = upper[own, own]
+        moved = torch.linalg.solve_triangular(within, carried[:, own], upper=True, left=False)
+        block = matrix[:, own] + moved
         # What an error costs after the best answer of the columns after it.
         weights = (within @ within.T).diagonal()
-        block = rest[:, own]
         found.append(code.nearest(block, (weights / weights.mean()).expand_as(block), tile))
-        error = block - code.levels(found[-1], block, tile)
-        rest[:, later] -= error @ within @ upper[own, later]
+        error = matrix[:, own] - code.levels(found[-1], block, tile)
+        carried[:, later] += error @ upper[own, later]
     return torch.cat(found)
 
 

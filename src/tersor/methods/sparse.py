@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from tersor.errors import OptionError
 from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, NofM
 from tersor.forms.form import Form
-from tersor.surgery.hold import hold, release
-from tersor.surgery.walk import walk
+from tersor.surgery.hold import bake, hold, release
+from tersor.surgery.walk import Site, walk
 
 
 def sparse_form(form: Form | None) -> Bitmask | NofM | None:
@@ -15,6 +18,30 @@ def sparse_form(form: Form | None) -> Bitmask | NofM | None:
     if form is None:
         return None
     return next((inner for inner in form.forms() if isinstance(inner, Bitmask | NofM)), None)
+
+
+def check_uncoded(sites: Sequence[Site]) -> None:
+    """Raises OptionError for a weight that is quantized already, in any place."""
+    for site in sites:
+        if site.form is not None and sparse_form(site.form) is not site.form:
+            raise OptionError(
+                f'"{site.name}" of shape {tuple(site.weight.shape)} is held as {site.form.kind} '
+                "already, which quantizing again would only worsen; start from the original, or "
+                "exclude it"
+            )
+
+
+def released(site: Site) -> Bitmask | NofM | None:
+    """Makes a weight that is not quantized plain; returns what held it if it was pruned."""
+    for layer, attribute in site.uses:
+        bake(layer, attribute)
+    held = sparse_form(site.form)
+    if held is None:
+        return None
+    plain: nn.Parameter | None = None
+    for layer, attribute in site.uses:
+        plain = release(layer, attribute, plain)
+    return held
 
 
 def release_codes(model: nn.Module) -> nn.Module:

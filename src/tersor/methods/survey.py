@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import OptionError
 from tersor.forms import Trellis
 from tersor.forms.form import rows
 from tersor.forms.trellis import narrowest
@@ -22,8 +21,7 @@ from tersor.measure.curvature import Curvature
 from tersor.methods import rates
 from tersor.methods.effects import Effect, Known, check_known, effects, learn
 from tersor.methods.search import Terms, search
-from tersor.methods.sparse import sparse_form
-from tersor.surgery.hold import bake, release
+from tersor.methods.sparse import check_uncoded, released
 from tersor.surgery.walk import Site
 from tersor.task import Task
 
@@ -119,6 +117,7 @@ def survey(
     samples: calibration inputs to use, at most
     known: what was learned of the same network and task before; of other samples it is no use
     """
+    check_uncoded(sites)
     found = Survey([_weight(site) for site in sites], [Vector(site) for site in vectors])
     if task is None:
         for weight in found.weights:
@@ -162,21 +161,10 @@ def _rms(matrix: Array) -> float:
 
 
 def _weight(site: Site) -> Weight:
-    for layer, attribute in site.uses:
-        bake(layer, attribute)
-    form, matrix = site.form, rows(site.weight.float(), site.axis).cpu()
-    if form is not None and sparse_form(form) is not form:
-        raise OptionError(
-            f'"{site.name}" of shape {tuple(site.weight.shape)} is held as {form.kind} already, '
-            "which quantizing again would only worsen; start from the original, or exclude it"
-        )
-    found = np.ascontiguousarray(matrix.numpy())
-    zeros = None if form is None else (found == 0).astype(np.uint8)
-    if form is not None:
-        # Curvature is that of a plain parameter.
-        plain: nn.Parameter | None = None
-        for layer, attribute in site.uses:
-            plain = release(layer, attribute, plain)
+    # Curvature is that of a plain parameter.
+    pruned = released(site) is not None
+    found = np.ascontiguousarray(rows(site.weight.float(), site.axis).cpu().numpy())
+    zeros = (found == 0).astype(np.uint8) if pruned else None
     return Weight(site, found, effects(found.shape, Curvature(0.0)), zeros)
 
 

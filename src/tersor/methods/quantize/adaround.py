@@ -80,7 +80,7 @@ def rounded(problem: Problem, levels: Levels, steps: int) -> Tensor:
     scale, zero = levels.spread(problem.target.shape[1])
     exact = problem.target / scale + zero
     below = exact.floor()
-    nearest = exact.round().clamp(levels.low, levels.high)
+    nearest = levels.nearest(problem.target, problem.zeros)
     unit = problem.error((nearest - zero) * scale).mean().clamp(min=1e-30)
     learned = _start(exact - below).requires_grad_()
     optimizer = torch.optim.Adam([learned], lr=_RATE)
@@ -97,7 +97,6 @@ def rounded(problem: Problem, levels: Levels, steps: int) -> Tensor:
     codes = (below + (_soft(learned.detach()) >= 0.5)).clamp(levels.low, levels.high)
     if problem.zeros is not None:
         codes = torch.where(problem.zeros, zero, codes)
-        nearest = torch.where(problem.zeros, zero, nearest)
     worse = problem.error((codes - zero) * scale) > problem.error((nearest - zero) * scale)
     return torch.where(worse[:, None], nearest, codes)
 

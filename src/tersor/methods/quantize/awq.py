@@ -19,13 +19,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tersor.errors import OptionError, TaskError
-from tersor.forms import Affine
+from tersor.errors import TaskError
+from tersor.forms.form import rows
 from tersor.measure.flow import watch
-from tersor.methods.calibrated import affine
+from tersor.methods.calibrated import affine, check_zeros
 from tersor.methods.columns import Levels, Problem
 from tersor.methods.groups import Group, groups_of
 from tersor.methods.layerwise import Layer, layers_of
+from tersor.methods.moments import Metric
 from tersor.methods.ranges import levels_of
 from tersor.methods.rescaling import (
     TOLERANCE,
@@ -69,12 +70,7 @@ def awq(
         raise TaskError("quantize.awq needs inputs to run the network on; pass a task")
     check_finite(model)
     sites = walk(model, include, exclude)
-    for site in sites:
-        if site.form is not None and not symmetric:
-            raise OptionError(
-                f"symmetric=False cannot keep the zeros of the pruned layer {site.name!r} of shape "
-                f"{tuple(site.weight.shape)}; use symmetric=True"
-            )
+    check_zeros(sites, symmetric)
     found = layers_of(model, task, sites, samples=samples)
     unchanged = Unchanged(model, task)
     folded = 0
@@ -86,9 +82,16 @@ def awq(
             found = [_scaled(each, factor) if each in here else each for each in found]
     error = unchanged.check("quantize.awq")
     for layer in found:
-        weight = layer.site.weight
-        matrix = weight.movedim(layer.site.axis, 0).flatten(1).float()
-        layer.site.hold(_encoded(replace(layer, matrix=matrix), bits, group_size, symmetric))
+        matrix = rows(layer.site.weight, layer.site.axis).float()
+        layer.site.hold(
+            affine(
+                replace(layer, matrix=matrix),
+                bits=bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                choose=_nearest,
+            )
+        )
     return model, {"folded": folded, "error": error}
 
 
@@ -126,8 +129,18 @@ def _best_factor(
         factor = factor / (factor.max() * factor.min()).sqrt()
         error = 0.0
         for layer in layers:
-            part = _problem(_scaled(layer, factor))
-            error += float(part.error(_rounded(part, bits, group_size, symmetric)).sum())
+            scaled = _scaled(layer, factor)
+            assert scaled.moments is not None
+            problem = Problem(scaled.matrix, Metric(scaled.moments.own[0]), scaled.zeros)
+            levels = levels_of(
+                problem.target,
+                bits=bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                weights=problem.metric.energies,
+            )
+            codes, _ = _nearest(problem, levels)
+            error += float(problem.error(levels.dense(codes)).sum())
         if error < least:
             best, least = (factor if alpha else None), error
     return best
@@ -141,27 +154,5 @@ def _scaled(layer: Layer, factor: Tensor) -> Layer:
     return replace(layer, matrix=layer.matrix * factor, moments=replace(moments, own=own))
 
 
-def _problem(layer: Layer) -> Problem:
-    assert layer.moments is not None
-    return Problem(layer.matrix, layer.moments.own[0], layer.zeros)
-
-
-def _rounded(problem: Problem, bits: int, group_size: int | None, symmetric: bool) -> Tensor:
-    levels = levels_of(
-        problem.target,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        weights=problem.moments.diagonal(),
-    )
-    return levels.dense(_nearest(problem, levels)[0])
-
-
-def _encoded(layer: Layer, bits: int, group_size: int | None, symmetric: bool) -> Affine:
-    return affine(layer, bits=bits, group_size=group_size, symmetric=symmetric, choose=_nearest)
-
-
 def _nearest(problem: Problem, levels: Levels) -> tuple[Tensor, Levels]:
-    scale, zero = levels.spread(problem.target.shape[1])
-    codes = (problem.target / scale + zero).round().clamp(levels.low, levels.high)
-    return (codes if problem.zeros is None else torch.where(problem.zeros, zero, codes)), levels
+    return levels.nearest(problem.target, problem.zeros), levels

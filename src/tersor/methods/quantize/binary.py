@@ -18,8 +18,7 @@ from torch import nn
 
 from tersor.errors import OptionError
 from tersor.forms import Affine, BitPlanes
-from tersor.methods.layerwise import plain
-from tersor.methods.sparse import sparse_form
+from tersor.methods.sparse import check_uncoded, sparse_form
 from tersor.recipe import method
 from tersor.surgery.walk import Patterns, check_finite, walk
 from tersor.task import Task
@@ -45,7 +44,7 @@ def binary(
     """
     check_finite(model)
     sites = walk(model, include, exclude)
-    plain(sites)
+    check_uncoded(sites)
     for site in sites:
         if sparse_form(site.form) is not None:
             raise OptionError(

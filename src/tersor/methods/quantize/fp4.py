@@ -18,8 +18,7 @@ from torch import nn
 from tersor.errors import OptionError
 from tersor.forms import BlockFloat
 from tersor.forms.block_float import Format
-from tersor.methods.layerwise import plain
-from tersor.methods.sparse import keep_zeros, sparse_form
+from tersor.methods.sparse import check_uncoded, keep_zeros, sparse_form
 from tersor.recipe import method
 from tersor.surgery.walk import Patterns, check_finite, walk
 from tersor.task import Task
@@ -53,7 +52,7 @@ def fp4(
         )
     check_finite(model)
     sites = walk(model, include, exclude)
-    plain(sites)
+    check_uncoded(sites)
     choice = format == "nvfp4" if four_over_six is None else four_over_six
     for site in sites:
         sparse = sparse_form(site.form)

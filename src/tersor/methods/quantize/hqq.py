@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from tersor.errors import OptionError
 from tersor.forms import Affine
 from tersor.forms.affine import as_matrix, split_groups
-from tersor.methods.layerwise import plain
-from tersor.methods.sparse import sparse_form
+from tersor.methods.sparse import check_uncoded, sparse_form
 from tersor.recipe import method
 from tersor.surgery.walk import Patterns, Site, check_finite, walk
 from tersor.task import Task
@@ -58,7 +57,7 @@ def hqq(
     """
     check_finite(model)
     sites = walk(model, include, exclude)
-    plain(sites)
+    check_uncoded(sites)
     for site in sites:
         if sparse_form(site.form) is not None:
             raise OptionError(

@@ -28,8 +28,7 @@ from tersor.forms import Bitmask, FakeAffine, NofM
 from tersor.forms.learned_grid import LearnedGrid
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.running import evaluating, unfused
-from tersor.methods.layerwise import plain
-from tersor.methods.sparse import keep_zeros, sparse_form
+from tersor.methods.sparse import check_uncoded, keep_zeros, sparse_form
 from tersor.recipe import Outcome, method
 from tersor.surgery.grids import grids, put
 from tersor.surgery.walk import Patterns, Site, in_execution_order, kind_of, vectors, walk
@@ -79,7 +78,7 @@ def lsq(
             "it more samples, or holdout=inputs"
         )
     sites = walk(model, include, exclude)
-    plain(sites)
+    check_uncoded(sites)
     original = copy.deepcopy(model) if original is None else original
     wanted = reference_outputs(original, task, held_out)
     widths = _widths(model, task, batches[0], ends)

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from tersor.errors import OptionError
 from tersor.forms import Affine
 from tersor.forms.affine import as_matrix, split_groups
-from tersor.methods.layerwise import plain
-from tersor.methods.sparse import keep_zeros, sparse_form
+from tersor.methods.sparse import check_uncoded, keep_zeros, sparse_form
 from tersor.recipe import method
 from tersor.surgery.walk import Patterns, Site, check_finite, walk
 from tersor.task import Task
@@ -57,7 +56,7 @@ def ternary(
         )
     check_finite(model)
     sites = walk(model, include, exclude)
-    plain(sites)
+    check_uncoded(sites)
     for site in sites:
         sparse = sparse_form(site.form)
         form = _encode(site, rule, group_size, None if per_tensor else site.axis)

@@ -24,8 +24,9 @@ from tersor.forms import Form, Rotated
 from tersor.forms.form import rows
 from tersor.forms.rotated import turn, turn_both
 from tersor.methods.columns import Problem
-from tersor.methods.layerwise import Layer, layerwise, plain
+from tersor.methods.layerwise import Layer, layerwise
 from tersor.methods.ldlq import Code, encode
+from tersor.methods.sparse import check_uncoded
 from tersor.recipe import method
 from tersor.surgery.hold import hold
 from tersor.surgery.walk import Patterns, Site, check_finite, walk
@@ -57,7 +58,7 @@ def trellis(
     """
     check_finite(model)
     sites = walk(model, include, exclude)
-    plain(sites)
+    check_uncoded(sites)
     for site in sites:
         if site.form is not None:
             raise OptionError(
@@ -87,7 +88,8 @@ def rotated(layer: Layer, code: Code, seed: int) -> Rotated:
         own, cross = layer.moments.own.mean(0), layer.moments.cross
         problem = Problem.of(matrix, own, None if cross is None else cross.mean(0))
         matrix = problem.target
-        moments = turn(turn(problem.moments, 2 * seed + 1).T, 2 * seed + 1)
+        moments = turn(turn(problem.metric.own, 2 * seed + 1).T, 2 * seed + 1)
+        moments.diagonal().add_(problem.metric.extra)
     inner = encode(turn_both(matrix, seed), moments, code)
     form = Rotated(
         inner.dense(), seed=seed, axis=site.axis, shape=site.weight.shape, dtype=site.weight.dtype
