@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,12 @@ def skeleton_of(folder: Path) -> nn.Module:
 
 
 def without_weights(model: nn.Module) -> nn.Module:
-    """The same network with all of its parameters on the meta device, tied ones still tied."""
-    moved: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-                module._parameters[name] = moved.setdefault(id(parameter), empty)
-    return model.eval()
+    """A copy of the network with all parameters on the meta device, tied ones still tied."""
+    empty: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, empty).eval()
 
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
