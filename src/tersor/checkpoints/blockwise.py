@@ -95,9 +95,8 @@ class Blockwise:
         batches = list(torch.split(tokens, self._rows))
         stem = Stem(job.model, job.path, job.weights, self._table)
         hidden, call = stem.first(batches[0])
-        block = Alone(job.block_path(0), self._loaded(0), None)
         with torch.no_grad():
-            given = call(block.__dict__["_block"], hidden)
+            given = call(self._loaded(0), hidden)
         self._calls = stem.calls(batches[0], tuples=not isinstance(given, Tensor))
         if job.part(0).exists() or job.states(0).exists():
             return
@@ -186,10 +185,9 @@ def _apart(before: Tensor, after: Tensor) -> float:
 def _changed(alone: Alone, job: Job) -> dict[str, Item]:
     """What is no longer as in the checkpoint: forms, and tensors that the method has changed."""
     items: dict[str, Item] = dict(held(alone))
-    stored = dict(alone.named_parameters())
-    inside = {f"{name}_form." for name in items}
-    for name, tensor in stored.items():
-        if any(name.startswith(prefix) for prefix in inside):
+    inside = tuple(f"{name}_form." for name in items)
+    for name, tensor in alone.state_dict().items():
+        if name.startswith(inside):
             continue
         if name not in job.weights.names:
             raise ModelError(
@@ -197,8 +195,8 @@ def _changed(alone: Alone, job: Job) -> dict[str, Item]:
                 "load the network whole and use tersor.run"
             )
         original = job.weights.tensor(name)
-        if not torch.equal(tensor.detach(), original.to(tensor.dtype)):
-            items[name] = tensor.detach().to(original.dtype)
+        if not torch.equal(tensor, original.to(tensor.dtype)):
+            items[name] = tensor.to(original.dtype)
     return items
 
 
@@ -208,8 +206,7 @@ def _put(alone: Alone, name: str, item: Item) -> None:
     if isinstance(item, Form):
         hold(owner, leaf, item)
     else:
-        wide = item.to(torch.float32, copy=True)
-        setattr(owner, leaf, nn.Parameter(wide, requires_grad=False))
+        getattr(owner, leaf).copy_(item)
 
 
 def _rows_together(sequences: int, length: int) -> int:
