@@ -69,7 +69,7 @@ def needs_of(
     inside = [p for block in blocks for p in block.parameters()]
     matrices = [p for p in inside if p.dim() > 1]
     widest = max((p.shape[-1] for p in matrices), default=0)
-    width = min((p.numel() for p in inside if p.dim() == 1), default=widest)
+    width = max(map(_normalized, blocks)) or widest
     memory = _FIXED + 2 * 4 * max(sizes)
     if solved:
         largest = max((p.numel() for p in matrices), default=0)
@@ -84,6 +84,17 @@ def needs_of(
     # The chunks wait in a file of their own until the header is known.
     out = 2 * min(file_bytes, round(1.1 * bits / 8 * weights))
     return Needs(len(sizes), tokens, 4 * max(sizes), memory, work, out)
+
+
+def _normalized(block: nn.Module) -> int:
+    """The width of its norms, the layers that own vectors alone: that of what they are given.
+
+    Norms of the heads are narrower, and biases of linear layers may be wider.
+    """
+    vectors = [[*layer.parameters(recurse=False)] for layer in block.modules()]
+    return max(
+        (p.numel() for own in vectors if {q.dim() for q in own} == {1} for p in own), default=0
+    )
 
 
 def check_room(needs: Needs, work: Path, out: Path, memory: float | None, done: int) -> None:
