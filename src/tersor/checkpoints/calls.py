@@ -123,13 +123,18 @@ def hidden_in(output: Any) -> Tensor:
 
 def check_alike(first: Call, other: Call) -> None:
     """Raises ModelError where two batches need different calls of a block."""
-    for one, two in zip(_leaves(first), _leaves(other), strict=True):
-        same = torch.equal(one, two) if isinstance(one, Tensor) else one is two or one == two
-        if not same:
-            raise ModelError(
-                "the blocks are called differently for each batch of token ids, which cannot be "
-                "kept on disk; load the network whole and use tersor.run"
-            )
+    ones, others = _leaves(first), _leaves(other)
+    if len(ones) != len(others) or not all(map(_same, ones, others)):
+        raise ModelError(
+            "the blocks are called differently for each batch of token ids, which cannot be "
+            "kept on disk; load the network whole and use tersor.run"
+        )
+
+
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(two, Tensor):
+        return type(one) is type(two) and torch.equal(one, two)
+    return one is two or bool(one == two)
 
 
 def _leaves(value: Any) -> list[Any]:
