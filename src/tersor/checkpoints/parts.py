@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tersor.checkpoints.source import NAMES, TYPES, Shard, open_shard
@@ -96,10 +95,4 @@ def _rebuilt(row: Any, tensors: Mapping[str, Tensor]) -> Item:
     for name, part in parts.items():
         if isinstance(part, Form):
             hold(form, name, part)
-    return form
-
-
-def narrowed(form: Form, dtype: torch.dtype) -> Form:
-    """The form, giving a weight of another type; what it stores stays as it is."""
-    form.dtype = dtype
     return form
