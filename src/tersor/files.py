@@ -41,9 +41,12 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
-def drafts(folder: Path) -> list[Path]:
-    """What `atomic` left in a folder because the program was killed in the middle."""
-    return sorted(folder.glob(".*.part"))
+def drafts(folder: Path, pattern: str = "*") -> list[Path]:
+    """What `atomic` left in a folder because the program was killed in the middle.
+
+    pattern: of the names that they were to have
+    """
+    return sorted(folder.glob(f".{pattern}.*.part"))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -17,7 +17,7 @@ import tersor
 import zoo
 from tersor.checkpoints import blockwise, ends, job, needs, quantize_folder, read_tokens
 from tersor.checkpoints.blockwise import Alone
-from tersor.checkpoints.calls import Stem, hidden_in
+from tersor.checkpoints.calls import Call, Stem, check_alike, hidden_in
 from tersor.checkpoints.layout import held_names
 from tersor.checkpoints.skeleton import blocks_of, skeleton_of
 from tersor.checkpoints.source import open_checkpoint
@@ -264,6 +264,54 @@ def test_killed_it_goes_on_to_the_same_bytes(folder):
     assert "3 blocks, the largest of 0.00 GB" in told[0]
 
 
+@pytest.mark.parametrize("after", [1, 4, 6])
+def test_killed_while_it_removes_its_work_it_writes_the_same_bytes(folder, monkeypatch, after):
+    wanted = quantized(folder).path.read_bytes()
+    (folder.parent / "out.tersor").unlink()
+    unlink, removed = Path.unlink, []
+
+    def counted(path, missing_ok=False):
+        own = path.parent.name == "out.tersor.work" and not path.name.startswith(".")
+        if own and (folder.parent / "out.tersor").exists():
+            if len(removed) == after:
+                raise Stopped
+            removed.append(path)
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", counted)
+        with pytest.raises(Stopped):
+            quantized(folder)
+    assert quantized(folder).path.read_bytes() == wanted
+    assert not (folder.parent / "out.tersor.work").exists()
+
+
+def test_going_on_it_removes_what_a_kill_left_and_nothing_else(folder, monkeypatch):
+    def stop(*args):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "write_states", stop)
+        with pytest.raises(Stopped):
+            quantized(folder, work=folder.parent)
+    names = [".out.tersor.0a1b2c3d.part", ".block-00001.safetensors.0a1b2c3d.part"]
+    other = folder.parent / ".other.tersor.0a1b2c3d.part"
+    for path in (*(folder.parent / name for name in names), other):
+        path.touch()
+    quantized(folder, work=folder.parent)
+    assert {path.name for path in folder.parent.iterdir()} == {"model", "out.tersor", other.name}
+
+
+def test_a_network_that_is_passed_stays_as_it_was(folder):
+    model = network().train()
+    before = copy.deepcopy(model.state_dict())
+    from_config = quantized(folder).path.read_bytes()
+    assert quantized(folder, model=model).path.read_bytes() == from_config
+    assert model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_methods_without_data_need_no_tokens(folder):
     with_tokens = quantized(folder).path.read_bytes()
     assert quantized(folder, calibration=None).path.read_bytes() == with_tokens
@@ -358,6 +406,42 @@ def test_what_cannot_be_done_is_refused(folder, given, error, said):
         quantized(folder, **given)
 
 
+@pytest.mark.parametrize("method", ["quantize.static", "quantize.dynamic"])
+def test_methods_that_add_what_no_checkpoint_holds_are_refused(folder, method):
+    with pytest.raises(ModelError, match=rf'{method} adds "model.layers.0.*input_grid'):
+        quantized(folder, method=method, options={})
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("out", "given", "error", "said"),
+    [
+        ("none/out.tersor", {}, OutputError, "in a folder that exists and is writable"),
+        ("model", {}, OutputError, "give the path of a file"),
+        ("out.tersor", {"ends": 12}, OptionError, "ends=12; choose 1 to 8 bits, or None"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_at_the_start(folder, out, given, error, said):
+    with pytest.raises(error, match=said):
+        quantize_folder(folder, folder.parent / out, method="quantize.rtn", **given)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_blocks_must_be_called_alike():
+    mask = torch.ones(2)
+    first = Call(None, (mask, None), {"flag": True})
+    check_alike(first, Call(None, (mask.clone(), None), {"flag": True}))
+    for other in (
+        Call(None, (mask, mask), {"flag": True}),
+        Call(None, (mask,), {"flag": True}),
+        Call(None, (mask + 1, None), {"flag": True}),
+        Call("hidden", (mask, None), {"flag": True}),
+        Call(None, (mask, None), {"flag": False}),
+    ):
+        with pytest.raises(ModelError, match="called differently for each batch"):
+            check_alike(first, other)
+
+
 def test_memory_is_stated_for_what_the_method_does():
     model = network()
     sizes = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
@@ -374,6 +458,15 @@ def test_memory_is_stated_for_what_the_method_does():
     assert stated(0, symmetric=False) == max(stated(0), 10**9 + 2 * weights)
 
 
+def test_disk_is_stated_for_the_width_of_hidden_states_where_heads_have_norms_too():
+    model = network(transformers.Qwen3Config(**SIZES))
+    assert model.model.layers[0].self_attn.q_norm.weight.shape == (8,)
+    options = {"solved": True, "symmetric": True, "bits": 4, "file_bytes": 10**9}
+    found = needs.needs_of(model, list(model.model.layers), 96, **options)
+    weights = sum(p.numel() for p in model.parameters())
+    assert found.work == round(1.1 * weights) + 2 * 4 * 96 * 32
+
+
 def test_a_full_disk_is_refused_before_anything_is_written(folder, monkeypatch):
     class Full:
         f_bavail, f_frsize = 1, 1024
@@ -381,6 +474,16 @@ def test_a_full_disk_is_refused_before_anything_is_written(folder, monkeypatch):
     monkeypatch.setattr(needs.os, "statvfs", lambda path: Full)
     with pytest.raises(OutputError, match=r"of free disk and has 0.00 GB"):
         quantized(folder)
+
+
+def test_nothing_is_left_where_the_run_cannot_be_noted(folder, monkeypatch):
+    def full(*args):
+        raise OutputError("no room")
+
+    monkeypatch.setattr(job, "write_text", full)
+    with pytest.raises(OutputError, match="no room"):
+        quantized(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_a_work_folder_serves_one_run(folder, monkeypatch):
@@ -393,6 +496,10 @@ def test_a_work_folder_serves_one_run(folder, monkeypatch):
             quantized(folder)
     with pytest.raises(OptionError, match="another run, with other calibration and options"):
         quantized(folder, options={"bits": 3}, calibration=tokens(2))
+    config_with(folder, rms_norm_eps=1e-3)
+    with pytest.raises(OptionError, match="another run, with other network;"):
+        quantized(folder)
+    config_with(folder, rms_norm_eps=1e-6)
     altered(folder, QUERY, lambda t: t * 2)
     with pytest.raises(OptionError, match="another run, with other files"):
         quantized(folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +26,8 @@ from tersor.checkpoints.source import Checkpoint, open_checkpoint
 from tersor.checkpoints.tokens import check_tokens
 from tersor.checkpoints.weights import Weights
 from tersor.codec import check_apart, check_profile
-from tersor.errors import CompressError, ModelError, OptionError
+from tersor.errors import CompressError, ModelError, OptionError, OutputError
+from tersor.files import drafts
 from tersor.forms import Affine
 from tersor.methods.run import check
 from tersor.methods.table import TABLE
@@ -92,6 +95,7 @@ def quantize_folder(
     """
     started = time.monotonic()
     out = Path(out)
+    _check_out(out, ends)
     check_profile(profile)
     told = progress or Silent()
     used = _options(method, options)
@@ -160,7 +164,7 @@ def _begun(
     told: Progress,
 ) -> Needs:
     """States what is needed, refuses where that is not there, and makes or takes up the folder."""
-    what = about(checkpoint, job.method, job.options, ends, job.tokens)
+    what = about(job, checkpoint, ends)
     going_on = known(job.folder, what)
     needs = needs_of(
         job.model,
@@ -175,12 +179,25 @@ def _begun(
     told.doing(str(needs))
     if going_on:
         job.clear_drafts()
+        for draft in drafts(out.parent, escape(out.name)):
+            draft.unlink()
     else:
         told.doing("looking at the weights")
         for _ in job.weights.check_finite():
             pass
         begin(job.folder, what)
     return needs
+
+
+def _check_out(out: Path, ends: int | None) -> None:
+    """Refuses at once what would fail after hours, when the file is written."""
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise OutputError(
+            f"out={out} cannot be written; give the path of a file, in a folder that exists and "
+            "is writable"
+        )
+    if ends is not None and ends not in range(1, 9):
+        raise OptionError(f"ends={ends!r}; choose 1 to 8 bits, or None to keep them as they are")
 
 
 def _options(method: str, options: Mapping[str, Any] | None) -> dict[str, Any]:

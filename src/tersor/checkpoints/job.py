@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from tersor.files import drafts, write_text
 from tersor.version import VERSION
 
 _NOTE = "job.json"
+_FILES = ("block-*.safetensors", "states-*.safetensors", "end-*.safetensors", _NOTE)
+"""In the order in which they are removed: killed then, a run begins anew with the first blocks."""
 
 
 @dataclass(frozen=True)
@@ -62,39 +66,45 @@ class Job:
 
     def clear(self) -> None:
         """Removes what the run has written, and the folder if nothing else is in it."""
-        for pattern in ("block-*", "states-*", "end-*"):
-            for path in self.folder.glob(f"{pattern}.safetensors"):
+        for pattern in _FILES:
+            for path in sorted(self.folder.glob(pattern)):
                 path.unlink()
         self.clear_drafts()
-        (self.folder / _NOTE).unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def clear_drafts(self) -> None:
         """Removes what was being written when the run was killed."""
-        for draft in drafts(self.folder):
-            draft.unlink()
+        for pattern in _FILES:
+            for draft in drafts(self.folder, pattern):
+                draft.unlink()
 
 
-def about(
-    checkpoint: Checkpoint, method: str, options: dict[str, Any], ends: int | None, tokens: Any
-) -> dict[str, Any]:
+def about(job: Job, checkpoint: Checkpoint, ends: int | None) -> dict[str, Any]:
     """What a run depends on, as plain values."""
+    tokens = job.tokens
     files = [
         [shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns]
         for shard in checkpoint.shards
     ]
-    heads = hashlib.sha256(b"".join(shard.head for shard in checkpoint.shards)).hexdigest()
-    data = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    heads = _sha256(b"".join(shard.head for shard in checkpoint.shards))
+    network = f"{job.model!r} {getattr(job.model, 'config', None)!r}"
+    data = None if tokens is None else _sha256(tokens.numpy().tobytes())
     return {
         "tersor": VERSION,
-        "method": method,
-        "options": options,
+        "method": job.method,
+        "options": job.options,
         "ends": ends,
         "calibration": [data, None if tokens is None else list(tokens.shape)],
         "files": files,
         "headers": heads,
+        # Without the addresses of objects, which differ in each process.
+        "network": _sha256(re.sub(" at 0x[0-9a-f]+", "", network).encode()),
     }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def known(folder: Path, what: dict[str, Any]) -> bool:
@@ -123,4 +133,10 @@ def begin(folder: Path, what: dict[str, Any]) -> None:
         raise OutputError(
             f"the work folder {folder} cannot be made: {error.strerror or error}; name another"
         ) from error
-    write_text(folder / _NOTE, json.dumps(what, indent=1) + "\n")
+    try:
+        write_text(folder / _NOTE, json.dumps(what, indent=1) + "\n")
+    except OutputError:
+        # Only if nothing else is in it.
+        with suppress(OSError):
+            folder.rmdir()
+        raise
