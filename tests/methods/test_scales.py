@@ -70,6 +70,19 @@ def test_answers_come_closer_and_codes_and_bits_stay(step, task):
     assert before.state_dict().keys() == after.state_dict().keys()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_narrow_floats_are_tuned_in_their_type(dtype):
+    x, y = (images(n, seed).to(dtype) for n, seed in ((256, 1), (64, 2)))
+    data, original = classification(calibration=x, holdout=y), net().to(dtype)
+    tune = {"method": "recover.scales", "options": {"epochs": 3}}
+    done = run(original, [RTN, tune], data)
+    outcome = done.recipe.steps[-1].outcome
+    assert outcome["divergence_after"] < 0.8 * outcome["divergence_before"]
+    wanted = reference_outputs(original, data, data.holdout())
+    assert divergence_of(done, data, data.holdout(), wanted) == outcome["divergence_after"]
+    assert {p.dtype for p in done.parameters() if p.dim() == 1} == {dtype}
+
+
 def test_one_scale_finds_the_least_squares_answer():
     # weight = codes * s; with one scale and squared error the best s is <xc, xw> / <xc, xc>.
     torch.manual_seed(0)

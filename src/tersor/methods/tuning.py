@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tersor.forms.form import Form
 from tersor.forms.trellis import Trellis, narrowest
 
 Owner = tuple[nn.Module, str]
@@ -68,14 +69,16 @@ class Tuned:
     def show(self) -> None:
         """See `Trained`."""
         value = self.value()
-        for layer, name in self.uses:
+        for owner, name in self.uses:
+            # Forms give weights of their own type; a layer computes in that of what it stores.
+            read = value if isinstance(owner, Form) else value.to(self._stored.dtype)
             # An instance's own attribute comes before its tables of parameters and buffers.
-            layer.__dict__[name] = value
+            owner.__dict__[name] = read
 
     def hide(self) -> None:
         """See `Trained`."""
-        for layer, name in self.uses:
-            layer.__dict__.pop(name, None)
+        for owner, name in self.uses:
+            owner.__dict__.pop(name, None)
 
     def store(self) -> None:
         """See `Trained`."""
