@@ -56,7 +56,8 @@ def fit(
     warmup: share of the steps in which the rate rises
     clip: the largest length of all gradients together
 
-    Raises ModelError where a loss or a gradient is not finite; the best state so far is back then.
+    Raises ModelError where a loss or a gradient is not finite. The best state so far is back then,
+    as it is after whatever else stops the training.
     """
     steps = epochs * len(lessons)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -66,22 +67,24 @@ def fit(
     kept = _State([*trained, *_statistics(model)])
     before = best = judge()
     step, best_epoch = 0, 0
-    for epoch in range(1, epochs + 1):
-        for lesson in lessons.epoch(generator):
-            step += 1
-            optimizer.zero_grad()
-            value = loss(lesson)
-            value.backward()  # type: ignore[no-untyped-call]
-            length = nn.utils.clip_grad_norm_(trained, clip)
-            _check(kept, "loss", value, step, steps)
-            _check(kept, "length of the gradient", length, step, steps)
-            optimizer.step()
-            schedule.step()
-        found = judge()
-        if found < best:
-            best, best_epoch = found, epoch
-            kept.note()
-    kept.restore()
+    try:
+        for epoch in range(1, epochs + 1):
+            for lesson in lessons.epoch(generator):
+                step += 1
+                optimizer.zero_grad()
+                value = loss(lesson)
+                value.backward()  # type: ignore[no-untyped-call]
+                length = nn.utils.clip_grad_norm_(trained, clip)
+                _check("loss", value, step, steps)
+                _check("length of the gradient", length, step, steps)
+                optimizer.step()
+                schedule.step()
+            found = judge()
+            if found < best:
+                best, best_epoch = found, epoch
+                kept.note()
+    finally:
+        kept.restore()
     return Fitted(before, best, step, best_epoch)
 
 
@@ -114,11 +117,10 @@ class _State:
                 tensor.copy_(value)
 
 
-def _check(kept: _State, what: str, value: Tensor, step: int, steps: int) -> None:
-    if bool(value.isfinite()):
-        return
-    kept.restore()
-    raise ModelError(
-        f"training stopped in step {step} of {steps}: the {what} is {value.item()}; the network "
-        "is as it was at its best before. Train with a lower rate, or look for such inputs"
-    )
+def _check(what: str, value: Tensor, step: int, steps: int) -> None:
+    if not bool(value.isfinite()):
+        raise ModelError(
+            f"training stopped in step {step} of {steps}: the {what} is {value.item()}; the "
+            "network is as it was at its best before. Train with a lower rate, or look for such "
+            "inputs"
+        )
