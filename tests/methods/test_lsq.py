@@ -135,6 +135,22 @@ def test_pruned_weights_stay_zero_and_cheap(net):
         assert after.form.stored_bits() < other.form.stored_bits()
 
 
+def test_layers_called_by_keyword_get_grids_too():
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.last(input=self.first(input=x.flatten(1)).relu())
+
+    torch.manual_seed(0)
+    done = lsq(Called(), task(), epochs=1)
+    assert [where for where, *_ in grids(done)] == ["first", "last"]
+    # Images have both signs; what a ReLU lets through has one.
+    assert [grid.signed for *_, grid in grids(done)] == [True, False]
+
+
 def test_training_that_fails_says_so(net):
     data = task()
     x, y = images(256, 1)
@@ -150,6 +166,10 @@ def test_what_cannot_be_trained_is_refused(net):
         lsq(copy.deepcopy(net))
     with pytest.raises(TaskError, match="the task has none"):
         lsq(copy.deepcopy(net), classification(calibration=images(1, 1)[0]))
+    half = copy.deepcopy(net).half()
+    with pytest.raises(ModelError, match=r'"0\.weight" of shape .* is float16'):
+        lsq(half, task())
+    assert all(site.form is None for site in walk(half))
     held = run(net, [{"method": "quantize.rtn", "options": {}}])
     with pytest.raises(OptionError, match=r'"0\.weight" of shape .* is held as affine already'):
         lsq(held, task())

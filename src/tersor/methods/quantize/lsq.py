@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tersor.errors import TaskError
+from tersor.errors import ModelError, TaskError
 from tersor.forms import Bitmask, FakeAffine, NofM
 from tersor.forms.learned_grid import LearnedGrid
 from tersor.measure import divergence_of, reference_outputs
@@ -79,6 +79,7 @@ def lsq(
         )
     sites = walk(model, include, exclude)
     check_uncoded(sites)
+    _check_wide(sites)
     original = copy.deepcopy(model) if original is None else original
     wanted = reference_outputs(original, task, held_out)
     widths = _widths(model, task, batches[0], ends)
@@ -115,6 +116,16 @@ def lsq(
         "divergence_after": fitted.after,
         "steps": fitted.steps,
     }
+
+
+def _check_wide(sites: Sequence[Site]) -> None:
+    """Raises ModelError for weights whose type has no room for the small numbers of training."""
+    for site in sites:
+        if site.weight.dtype == torch.float16:
+            raise ModelError(
+                f'"{site.name}" of shape {tuple(site.weight.shape)} is float16, in which squares '
+                "of gradients vanish; train model.float(), and give the task float32 inputs"
+            )
 
 
 def _start(site: Site, bits: int) -> Bitmask | NofM | None:
@@ -154,11 +165,12 @@ def _put_grids(
     sizes: dict[nn.Module, list[float]] = {}
     lowest: dict[nn.Module, float] = {}
 
-    def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        sizes.setdefault(layer, []).append(float(args[0].abs().mean()))
-        lowest[layer] = min(lowest.get(layer, 0.0), float(args[0].min()))
+    def look(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        given = next(iter((*args, *kwargs.values())))
+        sizes.setdefault(layer, []).append(float(given.abs().mean()))
+        lowest[layer] = min(lowest.get(layer, 0.0), float(given.min()))
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     try:
         with evaluating(model), unfused():
             for batch in batches:
