@@ -1,7 +1,10 @@
 """A Llama-shaped checkpoint of random weights, quantized block by block within a limit of memory.
 
-python bench/blockwise.py                       8 GB of bfloat16 at 4 bits, within 6 GB
-python bench/blockwise.py --layers 2 --hidden 512 --intermediate 1408 --no-record   a quick look
+    python bench/blockwise.py --method quantize.rtn     8 GB of bfloat16 at 4 bits, within 6 GB
+    python bench/blockwise.py --layers 2 --hidden 512 --intermediate 1408 --no-record
+                                                        a quick look at GPTQ
+
+The files take 17 GB, in the folder for temporary files; TMPDIR=/mnt/large names another.
 
 A program of its own quantizes, `tersor quantize`; this one reads its peak resident memory as the
 kernel counts it (VmHWM, mapped pages included), ends it where that passes the limit, kills it once
@@ -37,10 +40,9 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--method", default=METHOD)
-    parser.add_argument("--folder", type=Path, help="where the files are; a temporary one if none")
     parser.add_argument("--no-record", action="store_true", help="print the figures alone")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         found = measured(given, Path(folder))
     print(json.dumps(found, indent=2))
     if not given.no_record:
