@@ -131,3 +131,10 @@ def test_entropy_clips_where_the_slow_reference_does():
 def test_few_levels_are_not_clipped_by_entropy():
     values = torch.tensor([0.0, 1.0, 5.0]).repeat(100)
     assert entropy_range(of(values)) == (0.0, 5.0)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
+def test_values_far_from_zero_are_not_clipped_by_entropy(spread):
+    # Without joining, a million bins of this width would lie between them and zero.
+    values = 1000 + spread * torch.linspace(0, 1, 500)
+    assert entropy_range(of(values)) == (1000, float(values.max()))

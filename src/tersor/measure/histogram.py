@@ -138,16 +138,21 @@ def _errors(
 
 def entropy_range(seen: Histogram) -> tuple[float, float]:
     """Clips |x| where its distribution and the one that 128 levels make of it diverge least."""
-    bins = seen.first + torch.arange(BINS)
-    magnitudes = torch.zeros(max(int(bins.abs().max()) + 1, BINS), dtype=torch.float64)
-    magnitudes.index_add_(0, torch.where(bins < 0, -bins - 1, bins), seen.counts.double())
+    some = seen.counts > 0
+    bins, width = (seen.first + torch.arange(BINS))[some], seen.width
+    places = torch.where(bins < 0, -bins - 1, bins)
+    # Of values far from zero, bins are joined until as many as there are reach down to it.
+    while int(places.max()) >= BINS:
+        places, width = places // 2, 2 * width
+    magnitudes = torch.zeros(BINS, dtype=torch.float64)
+    magnitudes.index_add_(0, places, seen.counts[some].double())
     filled = int(magnitudes.nonzero().max()) + 1
     counts = magnitudes[:filled].numpy()
     # The zeros of a ReLU say nothing about where to clip, and would outweigh everything.
     counts[0] = counts[1] if filled > 1 else counts[0]
     apart = [_divergence(counts, clip) for clip in range(_LEVELS, filled + 1)]
     least = min(apart, default=math.inf)
-    clip = seen.width * (_LEVELS + apart.index(least) if least < math.inf else filled)
+    clip = width * (_LEVELS + apart.index(least) if least < math.inf else filled)
     return max(seen.low, -clip), min(seen.high, clip)
 
 
