@@ -11,7 +11,7 @@ from tersor.forms import Affine
 from tersor.forms.grid import DynamicGrid, Grid
 from tersor.forms.scaling import Scaling
 from tersor.surgery import fold, hold
-from tersor.surgery.grids import grid_of, grids, put, put_scaling, scaling_of
+from tersor.surgery.grids import grid_of, grids, put, put_scaling, remove, scaling_of
 from tersor.surgery.walk import check_finite
 
 
@@ -107,6 +107,24 @@ def renamed(path, old, new):
     at = next(n for n, row in enumerate(rows) if row[0] == old)
     rows[at] = new(rows[at])
     return pieces.write(path.with_name("forged.tersor"))
+
+
+@pytest.mark.parametrize("child", ["input_grid", "input_scaling"])
+def test_nothing_sits_on_a_grid_or_on_a_scaling(path, child):
+    # A module that has them already lacks nothing that such a file speaks of.
+    for old, owner in (("6.input_grid", "4.input_grid"), ("6.input_grid", "4.input_scaling")):
+        kind = "scaling" if child == "input_scaling" else "dynamic grid per row"
+        leaf = "factor" if child == "input_scaling" else "levels"
+
+        def row(given, owner=owner, kind=kind, leaf=leaf):
+            return [f"{owner}.{child}", kind, {leaf: given[2]["levels"]}]
+
+        model = quantized()
+        remove(model[6], "input")
+        before = model[4].input_scaling
+        with pytest.raises(FileError, match=r"sits on no layer|belongs to no layer"):
+            load(renamed(path, old, row), into=model)
+        assert model[4].input_scaling is before
 
 
 @pytest.mark.parametrize(

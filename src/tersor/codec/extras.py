@@ -45,7 +45,7 @@ class Extras:
         norms = _BatchNorm | FoldedNorm
         owners = {owner for owner, _ in self.grids} | self.scalings.keys()
         return (owners - layers.keys()) | {
-            path for path in self.folded if not isinstance(layers.get(path), norms)
+            path for path in self.folded if not path or not isinstance(layers.get(path), norms)
         }
 
     def adapted(
@@ -62,9 +62,10 @@ class Extras:
             and place_of(split_name(name)[0]) not in self.grids
             and _scaled(split_name(name)[0]) not in self.scalings
         }
+        layers = dict(model.named_modules(remove_duplicate=False))
         for name in wanted if self.folded else ():
             path, leaf = split_name(name)
-            layer = dict(model.named_modules(remove_duplicate=False)).get(path)
+            layer = layers.get(path)
             outputs = getattr(layer, "out_channels", getattr(layer, "out_features", None))
             if leaf == "bias" and outputs and getattr(layer, "bias", 0) is None:
                 found[name] = (outputs,)
@@ -108,11 +109,16 @@ def _scaled(path: str) -> str | None:
     return owner if child == SCALING else None
 
 
+def _sits(path: str) -> bool:
+    """Whether it is the path of a grid or a scaling, on which no other one can sit."""
+    return place_of(path) is not None or _scaled(path) is not None
+
+
 def _scaled_by(entry: Entry) -> list[str]:
     """The layers that a scaling belongs to, which may share it. Raises Unreadable."""
     places = [split_name(name) for name in entry.names]
     owners = [_scaled(path) for path, leaf in places if leaf == "factor"]
-    found = [owner for owner in owners if owner is not None]
+    found = [owner for owner in owners if owner is not None and not _sits(owner)]
     if len(found) < len(places):
         raise Unreadable(f'the scaling "{entry.names[0]}" belongs to no layer')
     return found
@@ -140,7 +146,7 @@ def _grids(items: Iterable[Item]) -> dict[Place, Rounding]:
             raise Unreadable(f'the grid "{paths[0]}" cannot be rebuilt: {error}') from None
         for path in paths:
             place = place_of(path)
-            if place is None or place_of(place[0]) or place in found:
+            if place is None or _sits(place[0]) or place in found:
                 raise Unreadable(f'the grid "{path}" sits on no layer\'s input or output')
             found[place] = grid
     return found
