@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tersor.errors import OptionError
-from tersor.forms import Affine
+from tersor.forms import Affine, BitPlanes, BlockFloat
 
 SHAPES = [(1, 1), (1, 32), (7, 65), (5, 3, 3, 3), (4, 8, 2), (2, 3, 2, 2, 2), (6,)]
 LAYOUTS = [("channel", None, 0), ("group", 5, 0), ("tensor", None, None), ("groups", 7, None)]
@@ -255,3 +255,20 @@ def test_parts_that_do_not_fit_are_refused(change, rule):
     parts = {name: getattr(form, name) for name, _ in form.parts()}
     with pytest.raises(ValueError, match=rule):
         Affine.build(form.config(), parts | change, form.shape, form.dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (2, 0, 3)])
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda w: Affine.encode(w, bits=4, symmetric=False),
+        lambda w: Affine.encode(w, bits=1, group_size=4),
+        BlockFloat.encode,
+        BitPlanes.encode,
+    ],
+)
+def test_weights_without_values_come_back(encode, shape):
+    form = encode(torch.zeros(shape))
+    assert form.dense().shape == shape
+    parts = {name: getattr(form, name) for name, _ in form.parts()}
+    assert form.build(form.config(), parts, form.shape, form.dtype).dense().shape == shape

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tersor.forms import Bitshift
+from tersor.forms.affine import matrix_shape
 from tersor.forms.bitshift import from_tiles, pack, states, tiles, to_tiles, unpack, values
 
 LAYOUTS = [
@@ -18,8 +19,8 @@ LAYOUTS = [
 
 def form(shape, axis, tile, *, bits=2, state_bits=10, rows=True, dtype=torch.float32):
     generator = torch.Generator().manual_seed(bits)
-    outputs = 1 if axis is None else shape[axis]
-    down, across = tiles(outputs, torch.Size(shape).numel() // outputs, tile)
+    outputs, inputs = matrix_shape(shape, axis)
+    down, across = tiles(outputs, inputs, tile)
     codes = torch.randint(2**bits, (down * across, tile[0] * tile[1]), generator=generator)
     scale = torch.rand(outputs if rows else 1, 1, generator=generator).to(torch.bfloat16)
     layout = {"bits": bits, "state_bits": state_bits, "tile": tile, "axis": axis}
@@ -34,8 +35,7 @@ def value(state):
 
 def naive(codes, made):
     """Weight by weight: the bits of a ring written out, and read `state_bits` at a time."""
-    outputs = 1 if made.axis is None else made.shape[made.axis]
-    inputs = torch.Size(made.shape).numel() // outputs
+    outputs, inputs = matrix_shape(made.shape, made.axis)
     rows, columns = made.tile
     matrix = torch.empty(outputs, inputs)
     for o in range(outputs):
@@ -110,6 +110,15 @@ def test_it_rebuilds_from_its_parts_in_half_precision_too():
     assert again.dense().dtype == torch.bfloat16
     assert torch.equal(again.dense(), made.dense())
     assert torch.equal(made.half().dense(), made.float().dense().half())
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((0, 5), 0), ((5, 0), 0), ((3, 0, 2), 1), ((0,), None)]
+)
+def test_a_weight_without_values_has_no_rings(shape, axis):
+    codes, made = form(shape, axis, (8, 2))
+    assert codes.numel() == 0
+    assert made.dense().shape == shape
 
 
 @pytest.mark.parametrize(

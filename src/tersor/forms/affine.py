@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import OptionError
-from tersor.forms.form import Form, Part, rows, unrows
+from tersor.forms.form import Form, Part, check_axis, rows, unrows
 
 
 class Affine(Form):
@@ -132,14 +132,14 @@ class Affine(Form):
         """See `Form.build`."""
         bits, group_size, axis = config["bits"], config["group_size"], config["axis"]
         check_layout(torch.empty(shape, device="meta"), bits=bits, group_size=group_size, axis=axis)
-        matrix = as_matrix(torch.empty(shape, device="meta"), axis)
-        groups = -(-matrix.shape[1] // (group_size or max(1, matrix.shape[1])))
+        outputs, inputs = matrix_shape(shape, axis)
+        groups = -(-inputs // (group_size or max(1, inputs)))
         zero = parts.get("zero")
-        if tuple(parts["codes"].shape) != tuple(matrix.shape) or parts["codes"].dtype != torch.int8:
-            raise ValueError(f"codes must be int8 of shape {tuple(matrix.shape)}")
+        if tuple(parts["codes"].shape) != (outputs, inputs) or parts["codes"].dtype != torch.int8:
+            raise ValueError(f"codes must be int8 of shape {(outputs, inputs)}")
         for name in ("scale", "zero"):
-            if name in parts and tuple(parts[name].shape) != (matrix.shape[0], groups):
-                raise ValueError(f"{name} must have shape {(matrix.shape[0], groups)}")
+            if name in parts and tuple(parts[name].shape) != (outputs, groups):
+                raise ValueError(f"{name} must have shape {(outputs, groups)}")
         kind = {None: torch.int8, 16: torch.float16}.get(config.get("zero_bits"))
         if zero is None and "zero_bits" in config:
             raise ValueError("zero_bits without zero points")
@@ -171,16 +171,18 @@ def check_layout(weight: Tensor, *, bits: int, group_size: int | None, axis: int
             f"group_size={group_size!r} for a weight of shape {shape}; choose a number of inputs "
             ">= 1, or None for one scale per output channel"
         )
-    if axis is not None and not (isinstance(axis, int) and 0 <= axis < len(shape)):
-        raise OptionError(
-            f"axis={axis!r} is no dimension of a weight of shape {shape}; choose 0 to "
-            f"{len(shape) - 1}, or None for one scale per tensor"
-        )
+    check_axis(shape, axis, none="one scale per tensor")
 
 
 def as_matrix(weight: Tensor, axis: int | None) -> Tensor:
     """(outputs, inputs), or one row for one scale per tensor."""
     return weight.reshape(1, -1) if axis is None else rows(weight, axis)
+
+
+def matrix_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, int]:
+    """(outputs, inputs) of a weight."""
+    outputs, inputs = as_matrix(torch.empty(shape, device="meta"), axis).shape
+    return outputs, inputs
 
 
 def from_matrix(matrix: Tensor, shape: tuple[int, ...], axis: int | None) -> Tensor:
@@ -194,7 +196,7 @@ def split_groups(matrix: Tensor, group_size: int | None) -> Tensor:
     short = -matrix.shape[1] % size
     if short:
         matrix = nn.functional.pad(matrix, (0, short))
-    return matrix.reshape(matrix.shape[0], -1, size)
+    return matrix.reshape(matrix.shape[0], matrix.shape[1] // size, size)
 
 
 def spread(per_group: Tensor, inputs: int, group_size: int | None) -> Tensor:

@@ -17,8 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import OptionError
-from tersor.forms.affine import as_matrix, check_layout, from_matrix, split_groups, spread
-from tersor.forms.form import Form, Part
+from tersor.forms.affine import (
+    as_matrix,
+    check_layout,
+    from_matrix,
+    matrix_shape,
+    split_groups,
+    spread,
+)
+from tersor.forms.form import Form, Part, check_axis
 
 MOST_PLANES = 4
 _ROUNDS = 20
@@ -72,7 +79,7 @@ class BitPlanes(Form):
             if torch.equal(found, scale):
                 break
             scale = found
-        codes = _nearest(grouped, scale).reshape(len(matrix), -1)[:, : matrix.shape[1]]
+        codes = _nearest(grouped, scale).flatten(1)[:, : matrix.shape[1]]
         return cls(
             codes,
             scale.to(torch.bfloat16),
@@ -111,7 +118,7 @@ class BitPlanes(Form):
         """See `Form.build`."""
         planes, size, axis = config["planes"], config["group_size"], config["axis"]
         _check(shape, planes, size, axis)
-        outputs, inputs = as_matrix(torch.empty(shape, device="meta"), axis).shape
+        outputs, inputs = matrix_shape(shape, axis)
         codes, scale = parts["codes"], parts["scale"]
         half = 2 ** (planes - 1)
         if tuple(codes.shape) != (outputs, inputs) or codes.dtype != torch.int8:
@@ -138,8 +145,7 @@ def _check(shape: tuple[int, ...], planes: int, group_size: int | None, axis: in
         raise OptionError(
             f"planes={planes!r} for a weight of shape {shape}; choose 1 to {MOST_PLANES}"
         )
-    if axis is None:
-        raise OptionError(f"axis=None for a weight of shape {shape}; choose 0 to {len(shape) - 1}")
+    check_axis(shape, axis)
     check_layout(torch.empty(shape, device="meta"), bits=planes, group_size=group_size, axis=axis)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersor.errors import OptionError
-from tersor.forms.affine import as_matrix, from_matrix
-from tersor.forms.form import Form, Part
+from tersor.forms.affine import from_matrix, matrix_shape
+from tersor.forms.form import Form, Part, check_axis
 
 LEAST_STATE_BITS, MOST_STATE_BITS = 8, 16
 
@@ -125,11 +125,7 @@ def check_layout(
             f"state_bits={state_bits!r} for a weight of shape {shape}; choose "
             f"{LEAST_STATE_BITS} to {MOST_STATE_BITS}"
         )
-    if axis is not None and not _whole(axis, 0, len(shape) - 1):
-        raise OptionError(
-            f"axis={axis!r} is no dimension of a weight of shape {shape}; choose 0 to "
-            f"{len(shape) - 1}, or None for one row"
-        )
+    check_axis(shape, axis, none="one row")
     outputs, inputs = matrix_shape(shape, axis)
     # A tile must not be filled up beyond what a ring needs.
     limits = max(outputs, MOST_STATE_BITS), max(inputs, MOST_STATE_BITS)
@@ -147,12 +143,6 @@ def check_layout(
 
 def _whole(value: object, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
-
-
-def matrix_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, int]:
-    """(outputs, inputs) of a weight."""
-    outputs, inputs = as_matrix(torch.empty(shape, device="meta"), axis).shape
-    return outputs, inputs
 
 
 def tiles(outputs: int, inputs: int, tile: tuple[int, int]) -> tuple[int, int]:
@@ -173,7 +163,7 @@ def from_tiles(sequences: Tensor, outputs: int, inputs: int, tile: tuple[int, in
     """The inverse of `to_tiles`."""
     down, across = tiles(outputs, inputs, tile)
     cut = sequences.view(across, down, tile[1], tile[0]).permute(1, 3, 0, 2)
-    return cut.reshape(down * tile[0], -1)[:outputs, :inputs]
+    return cut.reshape(down * tile[0], across * tile[1])[:outputs, :inputs]
 
 
 def states(codes: Tensor, bits: int, state_bits: int) -> Tensor:

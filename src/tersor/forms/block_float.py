@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tersor.errors import OptionError
-from tersor.forms.affine import as_matrix, from_matrix, split_groups, spread
-from tersor.forms.form import Form, Part
+from tersor.forms.affine import as_matrix, from_matrix, matrix_shape, split_groups, spread
+from tersor.forms.form import Form, Part, check_axis
 
 Format = Literal["nvfp4", "mxfp4"]
 BLOCK = {"nvfp4": 16, "mxfp4": 32}
@@ -102,7 +102,7 @@ class BlockFloat(Form):
                 scale = _nearer(grouped, scale, _e4m3(largest, 4.0, tensor_scale), tensor_scale)
         codes = _round(grouped, factors(scale, tensor_scale))
         return cls(
-            codes.reshape(len(codes), -1)[:, : matrix.shape[1]],
+            codes.flatten(1)[:, : matrix.shape[1]],
             scale,
             tensor_scale,
             format=format,
@@ -149,7 +149,7 @@ class BlockFloat(Form):
         format, axis = config["format"], config["axis"]
         check_format(shape, format=format, axis=axis)
         codes, scale, whole = parts["codes"], parts["scale"], parts.get("tensor_scale")
-        wanted = tuple(as_matrix(torch.empty(shape, device="meta"), axis).shape)
+        wanted = matrix_shape(shape, axis)
         if tuple(codes.shape) != wanted or codes.dtype != torch.int8:
             raise ValueError(f"codes must be int8 of shape {wanted}")
         most = len(MAGNITUDES) - 1
@@ -165,11 +165,7 @@ def check_format(shape: tuple[int, ...], *, format: Format, axis: int) -> None:
         raise OptionError(
             f"format={format!r} for a weight of shape {shape}; choose one of {get_args(Format)}"
         )
-    if type(axis) is not int or not 0 <= axis < len(shape):
-        raise OptionError(
-            f"axis={axis!r} is no dimension of a weight of shape {shape}; choose 0 to "
-            f"{len(shape) - 1}"
-        )
+    check_axis(shape, axis)
 
 
 def factors(scale: Tensor, tensor_scale: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tersor.errors import OptionError
 from tersor.forms.affine import as_matrix, from_matrix
-from tersor.forms.form import Form, Part
+from tersor.forms.form import Form, Part, check_axis
 
 FLOATS = (
     torch.float64,
@@ -118,8 +118,7 @@ class Dense(Form):
         axis = config.get("axis")
         if scale is None:
             return cls(stored, dtype)
-        if axis is not None and not (type(axis) is int and 0 <= axis < len(shape)):
-            raise ValueError(f"axis={axis!r} is no dimension of a weight of shape {shape}")
+        check_axis(shape, axis, none="one scale")
         wanted = (1 if axis is None else shape[axis], 1)
         if tuple(scale.shape) != wanted or scale.dtype != torch.bfloat16:
             raise ValueError(f"scale must be bfloat16 of shape {wanted}")

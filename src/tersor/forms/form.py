@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from tersor.errors import OptionError
+
 Part = tuple[str, int]
 """A tensor that a form stores: its attribute name, and the bits that one element needs."""
 
@@ -111,9 +113,23 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
+def check_axis(shape: tuple[int, ...], axis: object, *, none: str = "") -> None:
+    """Raises OptionError unless `axis` is a dimension of a weight of this shape.
+
+    none: what None stands for, where it may be given
+    """
+    if (axis is None and none) or (type(axis) is int and 0 <= axis < len(shape)):
+        return
+    raise OptionError(
+        f"axis={axis!r:.40} is no dimension of a weight of shape {shape}; choose 0 to "
+        f"{len(shape) - 1}{none and f', or None for {none}'}"
+    )
+
+
 def rows(weight: Tensor, axis: int) -> Tensor:
     """Lays a weight out as (output channels, inputs): channel `axis` first, the rest flattened."""
-    return weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
+    moved = weight.movedim(axis, 0)
+    return moved.reshape(len(moved), _numel(moved.shape[1:]))
 
 
 def unrows(matrix: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tersor.forms.form import Form, Part, rows, unrows
+from tersor.forms.affine import matrix_shape
+from tersor.forms.form import Form, Part, check_axis, unrows
 
 
 class Residual(Form):
@@ -72,11 +73,12 @@ class Residual(Form):
     ) -> Self:
         """See `Form.build`."""
         axis, base, left, right = config["axis"], parts["base"], parts["left"], parts["right"]
-        if type(axis) is not int or not 0 <= axis < len(shape) or 0 in shape:
-            raise ValueError(f"axis must be 0 to {len(shape) - 1}, and the weight not empty")
+        check_axis(shape, axis)
+        if 0 in shape:
+            raise ValueError("an empty weight has no residual")
         if tuple(base.shape) != shape or not base.is_floating_point():
             raise ValueError(f"base must be floats of shape {shape}")
-        outputs, inputs = rows(torch.empty(shape, device="meta"), axis).shape
+        outputs, inputs = matrix_shape(shape, axis)
         rank = left.shape[1] if left.dim() == 2 else 0
         if not 1 <= rank <= min(outputs, inputs):
             raise ValueError(f"left must be a matrix of 1 to {min(outputs, inputs)} columns")

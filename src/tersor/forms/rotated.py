@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tersor.errors import OptionError
-from tersor.forms.affine import as_matrix, from_matrix
-from tersor.forms.form import Form, Part
+from tersor.forms.affine import from_matrix, matrix_shape
+from tersor.forms.form import Form, Part, check_axis
 
 _MASK = 2**64 - 1
 _FAN = 64
@@ -73,9 +73,8 @@ class Rotated(Form):
         check_seed(seed)
         if 0 in shape:
             raise ValueError("an empty weight cannot be rotated")
-        if axis is not None and not (type(axis) is int and 0 <= axis < len(shape)):
-            raise ValueError(f"axis must be None or 0 to {len(shape) - 1}")
-        wanted = tuple(as_matrix(torch.empty(shape, device="meta"), axis).shape)
+        check_axis(shape, axis, none="one row")
+        wanted = matrix_shape(shape, axis)
         if turned.dtype != torch.float32 or tuple(turned.shape) != wanted:
             raise ValueError(f"turned must be float32 of shape {wanted}")
         return cls(turned, seed=seed, axis=axis, shape=shape, dtype=dtype)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from tersor.errors import OptionError
-from tersor.forms.affine import as_matrix, from_matrix
-from tersor.forms.form import Form, Part
+from tersor.forms.affine import as_matrix, from_matrix, matrix_shape
+from tersor.forms.form import Form, Part, check_axis
 
 TAPS = {
     1: (0, 0),
@@ -127,7 +127,7 @@ class Trellis(Form):
         states, axis = config["states"], config["axis"]
         check_layout(shape, states=states, axis=axis)
         codes, step = parts["codes"], parts["step"]
-        wanted = tuple(as_matrix(torch.empty(shape, device="meta"), axis).shape)
+        wanted = matrix_shape(shape, axis)
         if tuple(codes.shape) != wanted or codes.dtype not in _WIDTHS:
             raise ValueError(f"codes must be whole numbers of shape {wanted}")
         if step.dtype != torch.float32 or tuple(step.shape) not in ((1, 1), (wanted[0], 1)):
@@ -141,11 +141,7 @@ def check_layout(shape: tuple[int, ...], *, states: int, axis: int | None) -> No
         raise OptionError(
             f"states={states!r} for a weight of shape {shape}; choose one of {list(TAPS)}"
         )
-    if axis is not None and not (isinstance(axis, int) and 0 <= axis < len(shape)):
-        raise OptionError(
-            f"axis={axis!r} is no dimension of a weight of shape {shape}; choose 0 to "
-            f"{len(shape) - 1}, or None for one row"
-        )
+    check_axis(shape, axis, none="one row")
 
 
 def following(state: int, odd: int, states: int) -> int:
