@@ -74,7 +74,7 @@ def test_freezing_changes_no_answer(net, labels):
 
 def test_two_bits_keep_the_accuracy_of_the_network(net):
     data = task()
-    done = lsq(copy.deepcopy(net), data, epochs=8)
+    done = lsq(copy.deepcopy(net), data, epochs=5)
     before, after = (data.evaluate(model)["accuracy"] for model in (net, done))
     assert before > 90
     assert after > before - 4

@@ -16,6 +16,7 @@ from tersor.surgery import held, hold, walk
 from tersor.task import classification, regression
 
 RTN = {"method": "quantize.rtn", "options": {"bits": 2, "group_size": 8}}
+TUNE = {"method": "recover.scales", "options": {"epochs": 3}}
 
 
 def net() -> nn.Module:
@@ -52,7 +53,7 @@ STEPS = [
 def test_answers_come_closer_and_codes_and_bits_stay(step, task):
     original = net()
     before = run(original, [step], task)
-    after = run(before, [{"method": "recover.scales", "options": {}}], task, original=original)
+    after = run(before, [TUNE], task, original=original)
     outcome = after.recipe.steps[-1].outcome
     assert outcome["kept"]
     assert outcome["divergence_after"] < outcome["divergence_before"]
@@ -74,8 +75,7 @@ def test_answers_come_closer_and_codes_and_bits_stay(step, task):
 def test_networks_of_narrow_floats_are_tuned_in_their_type(dtype):
     x, y = (images(n, seed).to(dtype) for n, seed in ((256, 1), (64, 2)))
     data, original = classification(calibration=x, holdout=y), net().to(dtype)
-    tune = {"method": "recover.scales", "options": {"epochs": 3}}
-    done = run(original, [RTN, tune], data)
+    done = run(original, [RTN, TUNE], data)
     outcome = done.recipe.steps[-1].outcome
     assert outcome["divergence_after"] < 0.8 * outcome["divergence_before"]
     wanted = reference_outputs(original, data, data.holdout())
@@ -101,14 +101,15 @@ def test_one_scale_finds_the_least_squares_answer():
 
 def test_vectors_stay_where_they_are_when_they_are_left_out(task):
     original = net()
-    done = run(original, [RTN, {"method": "recover.scales", "options": {"vectors": False}}], task)
+    weights = {"method": "recover.scales", "options": {"epochs": 1, "vectors": False}}
+    done = run(original, [RTN, weights], task)
     for (name, old), (_, new) in zip(
         ((n, p) for n, p in original.named_parameters() if p.dim() == 1),
         ((n, p) for n, p in done.named_parameters() if p.dim() == 1),
         strict=True,
     ):
         assert torch.equal(old, new), name
-    moved = run(original, [RTN, {"method": "recover.scales", "options": {}}], task)
+    moved = run(original, [RTN, TUNE], task)
     assert not torch.equal(moved[6].bias, original[6].bias)
     assert moved[1].running_mean.equal(original[1].running_mean)
 
@@ -117,7 +118,7 @@ def test_vectors_on_a_grid_are_rounded_to_it(task):
     original = net()
     entropy = {"method": "quantize.entropy", "options": {"bits": 2.0}}
     before = run(original, [entropy], task)
-    after = run(before, [{"method": "recover.scales", "options": {}}], task, original=original)
+    after = run(before, [TUNE], task, original=original)
     moved = 0
     for (name, old), (_, new) in zip(held(before), held(after), strict=True):
         if len(old.shape) == 1:
