@@ -53,6 +53,18 @@ def test_detours_are_gone_and_outputs_are_the_same(tmp_path, masked):
         assert torch.allclose(OnnxModel(done.path)(x, seen), net(x, seen), atol=1e-5)
 
 
+def test_a_mask_of_finite_numbers_keeps_them(tmp_path):
+    class Soft(Attention):
+        def forward(self, x, seen):
+            q, k, v = self.inner(x).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+            mask = torch.where(seen[:, None, None, :], 0.0, -2.0)
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    x, seen = torch.randn(2, 5, 32), torch.rand(2, 5) > 0.5
+    done = to_onnx(Soft("float").eval(), tmp_path / "net.onnx", example=(x, seen))
+    assert done.difference.relative < 1e-5
+
+
 def test_a_row_that_sees_nothing_stays_finite(tmp_path):
     _, done = exported(tmp_path / "net.onnx", "bool")
     x, seen = torch.randn(2, 5, 32), torch.zeros(2, 5, dtype=torch.bool)

@@ -161,13 +161,43 @@ def test_a_value_is_rounded_once_for_all_that_read_it(tmp_path):
     assert kinds(done.path).count("QuantizeLinear") == 2
 
 
+def test_a_part_of_a_value_on_a_dynamic_grid_has_its_own(tmp_path):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(4, 4)
+            put(self.body, "output", DynamicGrid())
+            put(self.head, "input", DynamicGrid())
+
+        def forward(self, x):
+            return self.head(self.body(x)[:, :4])
+
+    torch.manual_seed(1)
+    net, x = rtn(Half().eval()), torch.randn(5, 8)
+    net.body.weight_form.scale.data[6] *= 50
+    done = to_onnx(net, tmp_path / "net.onnx", example=x)
+    assert (done.grids, done.difference.steps < 0.01) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "grid", [Grid.spanning(-3.0, 3.0), DynamicGrid()], ids=["fixed", "dynamic"]
+)
+def test_half_networks_round_in_float32(tmp_path, grid):
+    net, x = rtn(nn.Linear(64, 32).eval().half()), torch.randn(5, 64).half()
+    put(net, "input", grid)
+    done = to_onnx(net, tmp_path / "net.onnx", example=x)
+    assert (done.grids, done.difference.steps < 1) == (1, True)
+
+
 def test_layers_beside_the_grids_stay_as_they_were(tmp_path):
     x = torch.randn(2, 3, 8, 8)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 4, 3)).eval()
-    net = on_grids(net, x)
+    layers = (nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 4, 3))
+    net = on_grids(nn.Sequential(*layers, nn.Conv2d(4, 4, 1)).eval(), x)
     rtn(net, symmetric=False, include="2")
+    rtn(net, group_size=2, include="3")
     done = to_onnx(net, tmp_path / "net.onnx", example=x)
-    first, transposed, asymmetric = done.layers
+    first, transposed, asymmetric, grouped = done.layers
+    assert grouped.note == "convolved as floats: the integer convolution takes no groups"
     assert (first.note, transposed.note) == ("convolved as integers", "")
     assert asymmetric.note == "convolved as floats: the integer convolution takes no zero points"
 

@@ -80,7 +80,8 @@ def _finite(scores: Any) -> bool:
     low = mask.inputs[2].const_value
     if low is None or low.size != 1 or not math.isfinite(low.numpy().item()):
         return False
-    _raise_low(mask)
+    if low.numpy().item() == np.finfo(np.float32).min:
+        _raise_low(mask)
     return True
 
 
@@ -88,8 +89,6 @@ def _raise_low(mask: Any) -> None:
     import onnx_ir as ir
 
     name, graph = "attention.hidden", mask.graph
-    if mask.inputs[2].const_value.numpy().dtype != np.float32:
-        return
     if name not in graph.initializers:
         array = np.array(_HIDDEN, dtype=np.float32)
         graph.initializers[name] = ir.val(name, const_value=ir.tensor(array, name=name))

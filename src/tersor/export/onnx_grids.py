@@ -90,7 +90,9 @@ def fill_grids(graph: Any, found: list[Grid | DynamicGrid], opset: int) -> int:
             writer = Writer(f"grid_{len(made)}", opset, shared)
             new = made[value, key] = _rounded(grid, value, writer)
             graph.insert_before(node, writer.nodes)
-            on[new] = key
+            # A part of a value has a range of its own, so only fixed grids last.
+            if not isinstance(grid, DynamicGrid):
+                on[new] = key
         _reuse(node.outputs[0], new)
         graph.remove(node, safe=True)
     graph.initializers.update(shared)
@@ -138,6 +140,13 @@ def _source(value: Any) -> Any:
 
 
 def _rounded(grid: Grid | DynamicGrid, value: Any, writer: Writer) -> Any:
+    """`value` on the grid, in float32, where the scale is, and back in its own type."""
+    wide = writer.cast(value, torch.float32)
+    rounded = _levels(grid, wide, writer)
+    return rounded if wide is value else writer.op("Cast", rounded, to=int(value.dtype))
+
+
+def _levels(grid: Grid | DynamicGrid, value: Any, writer: Writer) -> Any:
     if isinstance(grid, DynamicGrid):
         import onnx_ir
 

@@ -33,6 +33,8 @@ def multiply_integers(form: Affine, old: Any, writer: Writer) -> bool:
     axis = 0 if convolutions == {True} or kinds == {True} else 1
     if len(convolutions) != 1 or len(kinds) != 1 or form.axis not in (axis, None):
         return False
+    if form.scale.shape[1] > 1 and convolutions == {True}:
+        writer.notes.append("convolved as floats: the integer convolution takes no groups")
     if form.scale.shape[1] > 1 or form.dtype != torch.float32 or "codes_form" in form._modules:
         return False
     loose = [dynamic(node.inputs[0]) is not None for node in products]
