@@ -131,6 +131,34 @@ def test_what_no_kernel_fits_stays_and_says_why():
     }
 
 
+def test_what_does_more_than_multiply_stays():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.read, self.called = (
+                Doubling(64, 64),
+                nn.Linear(64, 64),
+                nn.Linear(64, 64),
+            )
+
+        def forward(self, x):
+            return self.called(self.own(x)) @ self.read.weight
+
+    net, x = rtn(Reading().eval(), bits=8), torch.randn(3, 64)
+    done = packed(net)
+    assert list(done.layers) == ["called"]
+    assert done.skipped == {
+        "own": "it has a forward of its own",
+        "read": "Reading reads its weight itself",
+    }
+    with torch.inference_mode():
+        assert relative(done.model(x), net(x)) < 2 * BFLOAT
+
+
 def test_an_older_torch_keeps_the_layers(monkeypatch):
     monkeypatch.setattr("tersor.export.torch_cpu._has", lambda library, kernel: False)
     done = packed(layer(bits=4))

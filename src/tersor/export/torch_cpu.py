@@ -14,8 +14,11 @@ The kernels are private to torch: where a version lacks one, its layers stay as 
 from __future__ import annotations
 
 import copy
+import dis
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +30,6 @@ from tersor.surgery.grids import grid_of, scaling_of
 from tersor.surgery.hold import form_of, release_all
 
 _GROUPS = (256, 128, 64, 32)
-
-# They read the weights of the layers in them, instead of calling the layers.
-_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def packed(model: nn.Module) -> Packed:
         parent_path, _, name = path.rpartition(".")
         parent = copied.get_submodule(parent_path)
         try:
-            if isinstance(parent, _READERS):
+            if path and _reads_weight(parent, name):
                 raise _UnfitError(f"{type(parent).__name__} reads its weight itself")
             new = _packed(layer)
         except _UnfitError as reason:
@@ -198,8 +198,17 @@ class _EightBits(PackedLinear):
         return y if self.bias is None else y.float() + self.bias
 
 
+def _reads_weight(parent: nn.Module, name: str) -> bool:
+    """Whether the forward of `parent` says `self.<name>.weight`, as that of torch's attention."""
+    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)
+    named = [step.argval for step in dis.get_instructions(code)] if code else []
+    return (name, "weight") in pairwise(named)
+
+
 def _packed(layer: nn.Linear) -> PackedLinear:
     """The layer on the kernel that fits it; raises _UnfitError."""
+    if type(layer).forward is not nn.Linear.forward:
+        raise _UnfitError("it has a forward of its own")
     if any(isinstance(key, int) for key in (*layer._forward_pre_hooks, *layer._forward_hooks)):
         raise _UnfitError("it has hooks of its own")
     form = form_of(layer, "weight")
