@@ -309,6 +309,12 @@ def test_scales_of_narrow_floats_are_multiplied_in(shape, axis, dtype):
     assert writer.stored == wanted
 
 
+def test_a_mask_that_keeps_nothing_is_zeros():
+    form = Bitmask.encode(torch.zeros(3, 7))
+    value, _ = lowered(form)
+    assert torch.equal(value, torch.zeros(3, 7))
+
+
 def test_a_mask_over_codes_nests():
     weight = torch.where(weight_of((6, 40)) > 0.5, weight_of((6, 40)), 0)
     form = Bitmask.encode(weight)

@@ -71,19 +71,26 @@ def _codebook(form: Codebook, writer: Writer, role: str, bits: int | None) -> An
 
 
 def _bitmask(form: Bitmask, writer: Writer, role: str, bits: int | None) -> Any:
-    """Unpacks the mask bit by bit and scatters the values to where it is set."""
+    """Unpacks the mask bit by bit, and gives each bit that is set the next value."""
     n = torch.Size(form.shape).numel()
+    if not form.values.numel():
+        return _zeros(writer, writer.numbers(*form.shape), form.dtype)
     values = writer.cast(part(form, "values", writer, role, bits), form.dtype)
-    column = writer.reshape(part(form, "mask", writer, role), -1, 1)
-    shifts = writer.constant(torch.arange(8, dtype=torch.uint8))
-    one = writer.constant(torch.ones((), dtype=torch.uint8))
-    flags = writer.op("BitwiseAnd", writer.op("BitShift", column, shifts, direction="RIGHT"), one)
-    flat = writer.reshape(flags, -1)
-    first, last = writer.numbers(0), writer.numbers(n)
-    kept = writer.cast(writer.op("Slice", flat, first, last), torch.bool)
-    places = writer.reshape(writer.op("NonZero", kept), -1)
-    zeros = _zeros(writer, last, form.dtype)
-    return writer.reshape(writer.op("ScatterElements", zeros, places, values, axis=0), *form.shape)
+    # In floats, where it is exact: OpenVINO shifts bytes otherwise than ONNX.
+    column = writer.cast(writer.reshape(part(form, "mask", writer, role), -1, 1), torch.float32)
+    two = writer.constant(torch.tensor(2.0))
+    shifted = writer.op("Floor", writer.op("Div", column, writer.constant(2.0 ** torch.arange(8))))
+    halved = writer.op("Floor", writer.op("Div", shifted, two))
+    flat = writer.reshape(writer.op("Sub", shifted, writer.op("Mul", halved, two)), -1)
+    kept = writer.op("Slice", flat, writer.numbers(0), writer.numbers(n))
+    # Not NonZero, whose size depends on what it reads: OpenVINO cannot plan memory for that.
+    whole = writer.cast(kept, torch.int32)
+    before = writer.op("CumSum", whole, writer.constant(torch.tensor(0)), exclusive=1)
+    last = writer.constant(torch.tensor(form.values.numel() - 1, dtype=torch.int32))
+    spread = writer.op("Gather", values, writer.op("Min", before, last), axis=0)
+    zero = writer.constant(torch.zeros((), dtype=form.dtype))
+    filled = writer.op("Where", writer.cast(kept, torch.bool), spread, zero)
+    return writer.reshape(filled, *form.shape)
 
 
 def _nofm(form: NofM, writer: Writer, role: str, bits: int | None) -> Any:
