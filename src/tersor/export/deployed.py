@@ -74,12 +74,16 @@ class Deployed(nn.Module):
                 )
             if tree in self._types:
                 feed[tree] = value.detach().cpu().to(self._types[tree]).contiguous().numpy()
-        elif isinstance(tree, Mapping):
-            for key, part in tree.items():
-                self._collect(part, value[key], f"{name}.{key}", feed)
-        elif isinstance(tree, list):
-            for index, part in enumerate(tree):
-                self._collect(part, value[index], f"{name}.{index}", feed)
+        elif isinstance(tree, Mapping | list):
+            for key, part in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+                try:
+                    inner = value[key]
+                except (TypeError, KeyError, IndexError):
+                    raise ModelError(
+                        f"input {name!r} of {self.path.name} must hold {key!r}, which "
+                        f"{value!r:.60} does not"
+                    ) from None
+                self._collect(part, inner, f"{name}.{key}", feed)
 
 
 def _arranged(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -65,12 +65,20 @@ class OnnxModel(Deployed):
         self._session = runner
 
     def _run(self, feed: dict[str, Any]) -> list[Any]:
-        found: list[Any] = self._session.run(None, feed)
+        try:
+            found: list[Any] = self._session.run(None, feed)
+        except Exception as error:
+            raise ModelError(
+                f"{self.path.name} does not run on these inputs: {first_line(error)}; give sizes "
+                "that it was exported for"
+            ) from error
         return found
 
 
 def has_grids(path: Path) -> bool:
     """Whether tersor wrote activations on a grid into the file."""
+    if not path.stat().st_size:
+        return False
     # The metadata stand at the end of the file, behind all weights.
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.rfind(GRIDS.encode()) >= 0

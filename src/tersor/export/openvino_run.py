@@ -71,10 +71,18 @@ class OpenvinoModel(Deployed):
         names = [f"output_{index}" for index in range(len(graph.outputs))]
         super().__init__(path, types, call.get("names", names), call)
         self._request, self._graph = request, graph
+        self._taken = {value.get_any_name(): value.partial_shape for value in graph.inputs}
         self._options: dict[str, Any] = {"exact": exact, "threads": threads}
         self._by_size: dict[tuple[Any, ...], Any] | None = {} if by_size else None
 
     def _run(self, feed: dict[str, Any]) -> list[Any]:
+        # OpenVINO itself would compute something of a wrong size.
+        for name, taken in self._taken.items():
+            if not taken.compatible(type(taken)(list(feed[name].shape))):
+                raise ModelError(
+                    f"input {name!r} of {self.path.name} has shape {feed[name].shape}, where the "
+                    f"file takes {taken}; give sizes that it was exported for"
+                )
         return infer(self._request if self._by_size is None else self._for(feed), feed)
 
     def _for(self, feed: dict[str, Any]) -> Any:
