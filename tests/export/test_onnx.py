@@ -375,6 +375,12 @@ def test_options_out_of_range_are_refused(tmp_path, options, message):
         to_onnx(nn.Linear(8, 4), tmp_path / "net.onnx", example=torch.randn(2, 8), **options)
 
 
+def test_a_model_without_weights_writes_nothing(tmp_path):
+    with pytest.raises(ModelError, match="ReLU has no weights"):
+        to_onnx(nn.ReLU(), tmp_path / "net.onnx", example=torch.randn(2, 8))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_places_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(OutputError, match=r"cannot write .*: No such file or directory"):
         to_onnx(nn.Linear(8, 4), tmp_path / "no" / "net.onnx", example=torch.randn(2, 8))
@@ -391,9 +397,10 @@ def test_a_missing_extra_says_what_brings_it(tmp_path, monkeypatch):
 def test_a_runner_refuses_what_it_cannot_run(tmp_path):
     with pytest.raises(ModelError, match="is no file"):
         OnnxModel(tmp_path / "net.onnx")
-    (tmp_path / "net.onnx").write_bytes(b"not a model")
-    with pytest.raises(ExportError, match="ONNX Runtime cannot load"):
-        OnnxModel(tmp_path / "net.onnx")
+    for content in (b"not a model", b""):
+        (tmp_path / "net.onnx").write_bytes(content)
+        with pytest.raises(ExportError, match="ONNX Runtime cannot load"):
+            OnnxModel(tmp_path / "net.onnx")
     to_onnx(nn.Linear(8, 4), tmp_path / "net.onnx", example=torch.randn(2, 8), check=False)
     model = OnnxModel(tmp_path / "net.onnx")
     assert model.input_names == ["input"]
@@ -403,6 +410,24 @@ def test_a_runner_refuses_what_it_cannot_run(tmp_path):
         model(torch.randn(2, 8), y=torch.randn(2, 8))
     with pytest.raises(ModelError, match=r"input 'input' of net\.onnx must be a tensor, not None"):
         model()
+    with pytest.raises(ModelError, match=r"net\.onnx does not run on these inputs: .* dimensions"):
+        model(torch.randn(2, 7))
+
+
+def test_a_runner_says_what_is_missing_in_an_input(tmp_path):
+    class Nested(nn.Linear):
+        def forward(self, x):
+            return super().forward(x["first"] + x["both"][1])
+
+    x = {"first": torch.ones(2), "both": (torch.ones(2), torch.ones(2))}
+    model = OnnxModel(to_onnx(Nested(2, 2), tmp_path / "net.onnx", example=(x,)).path)
+    for given, said in (
+        (None, "'first'"),
+        ({"first": x["first"]}, "'both'"),
+        (x | {"both": ()}, "0"),
+    ):
+        with pytest.raises(ModelError, match=f"must hold {said}, which "):
+            model(given)
 
 
 def test_a_file_from_elsewhere_runs_too(tmp_path):

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.errors import ExportError
+from tersor.errors import ExportError, OptionError
 from tersor.program.call import Call
 from tersor.surgery.hold import decoded
+
+TOLERANCE, GRID_TOLERANCE = 1e-4, 0.05
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,23 @@ class Trial:
             for batch in self.batches
         )
         return _difference(self.wanted, found, sizes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user must know of the comparison."""
+        alone = "outputs were compared on the example alone: no other size could be tried"
+        return [alone] if len(self.batches) == 1 else []
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raises OptionError for what is no tolerance."""
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise OptionError(f"tolerance={tolerance} is relative to the largest output; try 1e-4")
+
+
+def tolerance_for(tolerance: float | None, grids: int) -> float:
+    """The tolerance asked for, or what suits a file with so many grids."""
+    return tolerance or (GRID_TOLERANCE if grids else TOLERANCE)
 
 
 def require_close(found: Difference, tolerance: float) -> None:

@@ -1,8 +1,8 @@
 """Writes a compressed model as an ONNX file whose weights stay compressed, and proves the file.
 
 What is written: codes of 5 to 8 bits as INT8 and of 1 to 4 bits as INT4, two to a byte (from opset
-25 on codes of 1 and 2 bits as INT2); codebooks as indices with Gather; masks and N:M places with
-ScatterElements; narrow floats with Cast. Linear layers read their codes through DequantizeLinear,
+25 on codes of 1 and 2 bits as INT2); codebooks as indices with Gather, masks as bits that
+count which value is next, N:M places with ScatterElements; narrow floats with Cast. Linear layers read their codes through DequantizeLinear,
 which ONNX Runtime fuses into the product; other codes are cast and scaled when it loads the file.
 Grids on activations become QuantizeLinear and DequantizeLinear, so that products run on integers.
 
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +23,29 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import MissingExtra, OptionError
-from tersor.export.compared import Difference, Trial
+from tersor.export.compared import Difference, Trial, check_tolerance, tolerance_for
 from tersor.export.onnx_check import Session, check_bytes, check_outputs, fused
 from tersor.export.onnx_file import SINGLE_FILE_LIMIT, replaced, save
-from tersor.export.onnx_layers import Layer, layers_of
+from tersor.export.onnx_layers import layers_of
 from tersor.export.onnx_trace import build
+from tersor.export.written import Written
 from tersor.program.call import call_of
-
-TOLERANCE, GRID_TOLERANCE = 1e-4, 0.05
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A written ONNX file and what was found when it was checked.
+class Exported(Written):
+    """A written ONNX file; above 2 GB a data file stands beside it.
 
-    bytes: size of the file, with the data file that stands beside it above 2 GB
-    inputs: name -> sizes; a free size has a name, a fixed one is a number
-    layers: what each weight became
-    difference: from torch where the weights are decoded when the file is loaded
-    default_difference: from torch in an ONNX Runtime session with default options, which rounds
-        activations to 8 bits in order to multiply by the codes themselves
-    grids: how many values are rounded to integers on a grid
-    fused: operators on integers that such a session runs, "QLinearConv" -> 19
-    notes: what a user must not overlook, as sentences
+    A session with default options rounds activations to 8 bits in order to multiply by the codes of
+    linear layers; `difference` is from one that decodes weights when it loads the file.
+
+    fused: operators on integers that a default session runs, "QLinearConv" -> 19
     """
 
-    path: Path
-    bytes: int
     opset: int
-    runtime: str | None
-    inputs: dict[str, tuple[int | str, ...]]
-    outputs: tuple[str, ...]
-    layers: tuple[Layer, ...]
-    difference: Difference | None
-    default_difference: Difference | None
-    grids: int
     fused: dict[str, int]
-    notes: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return plain
 
 
 def to_onnx(
@@ -101,23 +79,25 @@ def to_onnx(
         raise OptionError(
             f"opset={opset}; 4-bit weights need 21, and 25 is the last one known here"
         )
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise OptionError(f"tolerance={tolerance} is relative to the largest output; try 1e-4")
+    check_tolerance(tolerance)
     reference = copy.deepcopy(model).cpu().eval()
     args, kwargs = as_call(example)
     with torch.no_grad(), replaced(Path(path)) as temporary:
         wanted, tensors = call_of(reference, args, kwargs)
         call, _ = call_of(copy.deepcopy(reference), args, kwargs)
         graph = build(call, tensors, opset, integer_products=integer_products)
+        layers = layers_of(reference, graph.weights)
         size = save(graph.model, temporary)
         check_bytes(temporary, graph.weights)
         found: dict[Session, Difference] = {}
         counts: dict[str, int] = {}
-        allowed = tolerance or (GRID_TOLERANCE if graph.grids else TOLERANCE)
+        allowed = tolerance_for(tolerance, graph.grids)
+        notes = [*call.omitted]
         if check:
             trial = Trial.of(wanted, tensors, graph.inputs)
             found = check_outputs(trial, temporary, allowed, rounded=graph.grids > 0)
             counts = fused(temporary) if size < SINGLE_FILE_LIMIT else {}
+            notes = [*_notes(found, allowed), *trial.notes, *notes]
     return Exported(
         path=Path(path),
         bytes=size,
@@ -125,33 +105,31 @@ def to_onnx(
         runtime=_runtime() if check else None,
         inputs=graph.inputs,
         outputs=graph.outputs,
-        layers=layers_of(reference, graph.weights),
+        layers=layers,
         difference=found.get("decoded"),
         default_difference=found.get("default"),
         grids=graph.grids,
         fused=counts,
-        notes=(*_notes(graph.inputs, found, allowed), *call.omitted),
+        notes=(*_fixed_rows(graph.inputs), *notes),
     )
 
 
-def _notes(
-    inputs: dict[str, tuple[int | str, ...]], found: dict[Session, Difference], tolerance: float
-) -> list[str]:
-    notes = [
+def _fixed_rows(inputs: dict[str, tuple[int | str, ...]]) -> list[str]:
+    return [
         f'the number of rows of input "{name}" is fixed at {sizes[0]}'
         for name, sizes in inputs.items()
         if sizes and isinstance(sizes[0], int)
     ]
-    if found and found["default"].relative > tolerance:
-        notes.append(
-            "ONNX Runtime with default options multiplies by the codes of linear layers and rounds "
-            "activations to 8 bits: outputs differ from torch's by "
-            f"{found['default'].relative:.2g} of the largest; session.disable_quant_qdq=1 or "
-            "integer_products=False keeps them exact"
-        )
-    if found and len(found["decoded"].batches) == 1:
-        notes.append("outputs were compared on the example alone: no other size could be tried")
-    return notes
+
+
+def _notes(found: dict[Session, Difference], tolerance: float) -> list[str]:
+    if found["default"].relative <= tolerance:
+        return []
+    return [
+        "ONNX Runtime with default options multiplies by the codes of linear layers and rounds "
+        f"activations to 8 bits: outputs differ from torch's by {found['default'].relative:.2g} of "
+        "the largest; session.disable_quant_qdq=1 or integer_products=False keeps them exact"
+    ]
 
 
 def as_call(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,7 +11,7 @@ import copy
 import json
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from tersor.errors import ExportError, OptionError
-from tersor.export.compared import Difference, Trial, require_close
-from tersor.export.onnx import GRID_TOLERANCE, TOLERANCE, Exported, Inputs, as_call, to_onnx
+from tersor.export.compared import Trial, check_tolerance, require_close, tolerance_for
+from tersor.export.onnx import Exported, Inputs, as_call, to_onnx
 from tersor.export.onnx_file import replaced
-from tersor.export.onnx_layers import Layer
 from tersor.export.onnx_names import METADATA
 from tersor.export.openvino_run import KEY, compiled, infer, reason, require_openvino
+from tersor.export.written import Written
 from tersor.forms import Affine, BlockFloat
 from tersor.program.call import call_of
 from tersor.surgery.hold import held
@@ -33,36 +33,17 @@ _PRODUCTS = frozenset(("Convolution", "Deconvolution", "FullyConnected", "MatMul
 
 
 @dataclass(frozen=True)
-class ExportedOpenvino:
-    """A written OpenVINO file and what was found when it was checked.
+class ExportedOpenvino(Written):
+    """A written OpenVINO network, an .xml and a .bin file.
 
-    bytes: size of the .xml and the .bin file together
-    inputs: name -> sizes; a free size has a name, a fixed one is a number
-    layers: what each weight became
-    difference: from torch in an exact session
-    default_difference: from torch with OpenVINO's own choice of precision
-    grids: how many values are rounded to integers on a grid
+    `difference` is from torch in an exact session, `default_difference` with OpenVINO's own choice
+    of precision.
+
     products: convolutions and matrix products by the precision that an exact session runs them in,
         "Convolution u8" -> 19
-    notes: what a user must not overlook, as sentences
     """
 
-    path: Path
-    bytes: int
-    runtime: str | None
-    inputs: dict[str, tuple[int | str, ...]]
-    outputs: tuple[str, ...]
-    layers: tuple[Layer, ...]
-    difference: Difference | None
-    default_difference: Difference | None
-    grids: int
     products: dict[str, int]
-    notes: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return plain
 
 
 def to_openvino(
@@ -86,6 +67,7 @@ def to_openvino(
     require_openvino()
     if path.suffix != ".xml":
         raise OptionError(f"{path} does not end in .xml, by which OpenVINO knows its files")
+    check_tolerance(tolerance)
     _check_groups(model)
     with tempfile.TemporaryDirectory() as folder, replaced(path) as temporary:
         onnx, graph = _graph(model, Path(folder) / "model.onnx", example)
@@ -170,28 +152,33 @@ def _checked(
     with torch.no_grad():
         reference, tensors = call_of(copy.deepcopy(model).cpu().eval(), args, kwargs)
         trial = Trial.of(reference, tensors, done.inputs)
-        found, graph = {}, openvino.Core().read_model(path)
-        for exact in (True, False):
-            runner = compiled(graph, exact=exact)
-            outputs = [infer(runner.create_infer_request(), feed) for feed in trial.feeds()]
-            found[exact] = trial.difference(outputs)
-            if exact:
-                products = _products(runner)
-    allowed = tolerance or (GRID_TOLERANCE if done.grids else TOLERANCE)
-    require_close(found[True], allowed)
-    notes = list(done.notes)
-    if found[False].relative > allowed:
+        try:
+            graph = openvino.Core().read_model(path)
+            runners = {exact: compiled(graph, exact=exact) for exact in (True, False)}
+            found = {
+                exact: [infer(runner.create_infer_request(), feed) for feed in trial.feeds()]
+                for exact, runner in runners.items()
+            }
+        except RuntimeError as error:
+            raise ExportError(
+                f"OpenVINO does not run the file: {reason(error)}; export to ONNX alone"
+            ) from error
+    exact, free = (trial.difference(found[kind]) for kind in (True, False))
+    allowed = tolerance_for(tolerance, done.grids)
+    require_close(exact, allowed)
+    notes = [*done.notes, *trial.notes]
+    if free.relative > allowed:
         notes.append(
             "OpenVINO's own choice of precision differs from torch by "
-            f"{found[False].relative:.2g} of the largest output; INFERENCE_PRECISION_HINT=f32 and "
+            f"{free.relative:.2g} of the largest output; INFERENCE_PRECISION_HINT=f32 and "
             "DYNAMIC_QUANTIZATION_GROUP_SIZE=0, or OpenvinoModel, keep float32"
         )
     return replace(
         done,
         runtime=f"openvino {openvino.__version__}",
-        difference=found[True],
-        default_difference=found[False],
-        products=products,
+        difference=exact,
+        default_difference=free,
+        products=_products(runners[True]),
         notes=tuple(notes),
     )
 
