@@ -1,10 +1,11 @@
 """Writes a compressed model as an ONNX file whose weights stay compressed, and proves the file.
 
 What is written: codes of 5 to 8 bits as INT8 and of 1 to 4 bits as INT4, two to a byte (from opset
-25 on codes of 1 and 2 bits as INT2); codebooks as indices with Gather, masks as bits that
-count which value is next, N:M places with ScatterElements; narrow floats with Cast. Linear layers read their codes through DequantizeLinear,
-which ONNX Runtime fuses into the product; other codes are cast and scaled when it loads the file.
-Grids on activations become QuantizeLinear and DequantizeLinear, so that products run on integers.
+25 on codes of 1 and 2 bits as INT2); codebooks as indices with Gather; masks as bits, which count
+the values before each; N:M places with ScatterElements; narrow floats with Cast. Linear layers read
+their codes through DequantizeLinear, which ONNX Runtime fuses into the product; other codes are
+cast and scaled when it loads the file. Grids on activations become QuantizeLinear and
+DequantizeLinear, so that products run on integers.
 
 Before the file gets its name, its initializers are read back and counted, and its outputs are
 compared with torch's.
