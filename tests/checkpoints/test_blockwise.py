@@ -122,6 +122,8 @@ def whole(model, batches, method="quantize.gptq", options=OPTIONS):
             vocab_size=100,
             word_embed_proj_dim=32,
         ),
+        # It sends the ids to where the embedding is.
+        transformers.Llama4TextConfig(**SIZES, num_local_experts=2, intermediate_size_mlp=48),
         # Its blocks give tuples.
         transformers.BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=100),
     ],
@@ -433,6 +435,23 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(folder, out, given, 
     with pytest.raises(error, match=said):
         quantize_folder(folder, folder.parent / out, method="quantize.rtn", **given)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_other_hidden_states_than_one_row_a_token_are_refused(tmp_path):
+    # Gemma 3n gives its blocks several versions of them at once.
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = transformers.Gemma3nTextConfig(
+        **SIZES,
+        vocab_size_per_layer_input=100,
+        hidden_size_per_layer_input=8,
+        layer_types=kinds,
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0] * 3,
+    )
+    saved(tmp_path / "model", network(config))
+    with pytest.raises(ModelError, match=r"first block is given \(4, 4, 24, 32\) for token ids"):
+        quantized(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_blocks_must_be_called_alike():

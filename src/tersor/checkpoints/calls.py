@@ -62,6 +62,8 @@ class Stem:
         for name, module in self._model.named_modules():
             if embedding is not None and module is embedding:
                 embedding.padding_idx = None
+                # Not on meta, where some networks would send the ids to meet it.
+                embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
                 rows = table or _rows_of(weights, f"{name}.weight")
                 embedding.register_forward_pre_hook(_looking_up(rows))
             elif module not in inside:
@@ -73,7 +75,15 @@ class Stem:
 
     def first(self, ids: Tensor) -> tuple[Tensor, Call]:
         """The hidden states (rows, length, width) that the first block is given, and its call."""
-        return self._run(ids, 1, False)[0]
+        hidden, call = self._run(ids, 1, False)[0]
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != ids.shape:
+            found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise ModelError(
+                f"the first block is given {found} for token ids of shape {tuple(ids.shape)}, not "
+                "hidden states (sequences, length, width); load the network whole and use "
+                "tersor.run"
+            )
+        return hidden, call
 
     def calls(self, ids: Tensor, *, tuples: bool) -> list[Call]:
         """The calls of all blocks. tuples: whether blocks give their hidden states in a tuple"""
