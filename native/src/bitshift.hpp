@@ -8,9 +8,9 @@
 
 #include <algorithm>
 #include <limits>
-#include <thread>
 #include <vector>
 
+#include "threads.hpp"
 #include "vectors.hpp"
 
 namespace tersor {
@@ -151,20 +151,13 @@ class RingSearch {
 
 // Fills codes (rings, length); threads change nothing in them.
 inline void bitshift_search(const Bitshift& task, uint8_t* codes, size_t threads) {
-  auto work = [&](size_t first, size_t last) {
+  in_threads(task.rings, threads, [&](size_t first, size_t last) {
     RingSearch search(task);
     for (size_t i = first; i < last; ++i) {
       size_t at = i * task.length;
       search.find(task.values + at, task.weights + at, codes + at);
     }
-  };
-  threads = std::min(std::max<size_t>(1, threads), std::max<size_t>(1, task.rings));
-  std::vector<std::thread> pool;
-  for (size_t i = 1; i < threads; ++i) {
-    pool.emplace_back(work, task.rings * i / threads, task.rings * (i + 1) / threads);
-  }
-  work(0, task.rings / threads);
-  for (auto& thread : pool) thread.join();
+  });
 }
 
 }  // namespace tersor

@@ -9,10 +9,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #include "common.hpp"
+#include "threads.hpp"
 
 namespace tersor {
 
@@ -187,20 +187,13 @@ inline void search_in_order(const Search& task, int32_t* codes, double* costs) {
 // Fills codes (rows, columns) and costs (rows); threads change nothing in them.
 inline void search_rows(const Search& task, int32_t* codes, double* costs, size_t threads) {
   if (task.row_feedback) return search_in_order(task, codes, costs);
-  auto work = [&](size_t first, size_t last) {
+  in_threads(task.rows, threads, [&](size_t first, size_t last) {
     RowSearch search(task);
     for (size_t row = first; row < last; ++row) {
       size_t at = row * task.columns;
       costs[row] = search.find(row, task.levels + at, codes + at);
     }
-  };
-  threads = std::min(std::max<size_t>(1, threads), std::max<size_t>(1, task.rows));
-  std::vector<std::thread> pool;
-  for (size_t i = 1; i < threads; ++i) {
-    pool.emplace_back(work, task.rows * i / threads, task.rows * (i + 1) / threads);
-  }
-  work(0, task.rows / threads);
-  for (auto& thread : pool) thread.join();
+  });
 }
 
 }  // namespace tersor
