@@ -18,13 +18,17 @@ from tersor.forms import (
     Affine,
     Bitmask,
     BitPlanes,
+    Bitshift,
     BlockFloat,
     Codebook,
     Dense,
     NofM,
     Residual,
+    Rotated,
     Trellis,
 )
+from tersor.forms.bitshift import pack
+from tersor.forms.rotated import turn_both
 from tersor.surgery import hold
 
 BASES = {"changes": "max", "trained": "floats"}
@@ -80,7 +84,7 @@ class Types(nn.Module):
 
 def forms() -> nn.Module:
     """One layer in each form, some inside others."""
-    net = network(*(nn.Linear(8, 8) for _ in range(10)))
+    net = network(*(nn.Linear(8, 8) for _ in range(12)))
     some = net[0].weight.detach().relu()
     pairs = net[1].weight.detach() * (torch.arange(8) % 4 < 2)
     codes = Affine.encode(some, bits=4)
@@ -94,7 +98,19 @@ def forms() -> nn.Module:
     hold(net[7], "weight", BlockFloat.encode(net[7].weight, format="mxfp4"))
     hold(net[9], "weight", BitPlanes.encode(net[9].weight))
     hold(net[8], "weight", corrected(net[8].weight.detach()))
+    hold(net[10], "weight", turned(net[10].weight.detach()))
+    hold(net[11], "weight", Dense.encode_scaled(net[11].weight, dtype=torch.float8_e4m3fn))
     return net
+
+
+def turned(weight: Tensor) -> Rotated:
+    """Rings of 2-bit codes, all of them random, under a rotation."""
+    form = Rotated(turn_both(weight, 3), seed=3, axis=0, shape=(8, 8), dtype=torch.float32)
+    codes = (values(4, 16) * 1000).round().to(torch.int32) & 3
+    layout: dict[str, Any] = {"bits": 2, "state_bits": 10, "tile": (8, 2), "axis": 0}
+    scale = torch.tensor([[0.5]], dtype=torch.bfloat16)
+    rings = Bitshift(pack(codes, 2), scale, shape=(8, 8), dtype=torch.float32, **layout)
+    return cast("Rotated", hold(form, "turned", rings))
 
 
 def corrected(weight: Tensor) -> Residual:
