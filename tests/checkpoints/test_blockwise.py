@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import tersor
 import zoo
 from tersor.checkpoints import blockwise, ends, job, needs, quantize_folder, read_tokens
 from tersor.checkpoints.blockwise import Alone
-from tersor.checkpoints.calls import Call, Stem, check_alike, hidden_in
+from tersor.checkpoints.calls import Call, Stem, check_alike, hidden_in, token_embedding
 from tersor.checkpoints.layout import held_names
 from tersor.checkpoints.skeleton import blocks_of, skeleton_of
 from tersor.checkpoints.source import open_checkpoint
@@ -452,6 +453,14 @@ def test_other_hidden_states_than_one_row_a_token_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"first block is given \(4, 4, 24, 32\) for token ids"):
         quantized(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_table_of_tokens_is_the_longest_where_the_network_does_not_say():
+    model = nn.ModuleDict({"places": nn.Embedding(64, 8), "tokens": nn.Embedding(100, 8)})
+    assert token_embedding(model) is model["tokens"]
+    assert token_embedding(nn.Linear(2, 2)) is None
+    tied = network(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
+    assert token_embedding(tied) is tied.model.embed_tokens
 
 
 def test_blocks_must_be_called_alike():

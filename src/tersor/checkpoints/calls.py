@@ -112,12 +112,16 @@ class Stem:
 
 
 def token_embedding(model: nn.Module) -> nn.Embedding | None:
-    """The table that token ids are looked up in; None where there is none."""
+    """The table that token ids are looked up in; None where there is none.
+
+    Where the network does not say, it is the one of most rows: others are of positions or kinds.
+    """
     asked: Any = getattr(model, "get_input_embeddings", None)
     if asked is not None:
         found = asked()
         return found if isinstance(found, nn.Embedding) else None
-    return next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return max(tables, key=lambda table: table.num_embeddings, default=None)
 
 
 def hidden_in(output: Any) -> Tensor:
