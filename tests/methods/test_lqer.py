@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import OptionError
+from tersor.errors import ModelError, OptionError
 from tersor.forms import Affine, Residual
 from tersor.methods import run
 from tersor.methods.recover.lqer import low_rank, lqer
@@ -144,6 +144,9 @@ def test_what_cannot_be_corrected_is_refused(task):
         run(original, [RTN, {"method": "recover.lqer", "options": {"rank": 300}}], task)
     with pytest.raises(OptionError, match=r'"0\.weight" .* is corrected already'):
         run(original, [RTN, LQER, LQER], task)
+    huge = classification(calibration=1e25 * images(8, 1))
+    with pytest.raises(ModelError, match=r'"0\.weight": the squares of what it is given'):
+        run(original, [RTN, LQER], huge)
     prune = {"method": "prune.magnitude", "options": {"sparsity": 0.5}}
     with pytest.raises(OptionError, match=r'"0\.weight" .* was pruned'):
         run(original, [prune, RTN, LQER], task)

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tersor.errors import OptionError
+from tersor.errors import ModelError, OptionError
 from tersor.forms import Affine, Residual
 from tersor.forms.form import rows
 from tersor.measure import divergence_of, reference_outputs
@@ -57,7 +57,8 @@ def lqer(
 
     With held-out inputs all is taken back if their answers come no closer to the original's; the
     step's outcome says so, with the divergence before and after. Raises OptionError for a weight
-    that was pruned, whose zeros it would fill, or corrected already.
+    that was pruned, whose zeros it would fill, or corrected already, and ModelError where what a
+    weight is given is not finite.
     """
     if original is None:
         raise OptionError(
@@ -138,7 +139,14 @@ def _moments(plain: nn.Module, task: Task, samples: int, names: list[str]) -> di
     """Second moments (inputs, inputs) of what each weight multiplies; groups share their mean."""
     sites = [site for site in walk(plain) if site.name in set(names)]
     found = curvature(plain, task, task.calibration(samples), sites, draws=0)
-    return {name: each.inputs.mean(0) for name, each in found.items() if each.inputs is not None}
+    means = {name: each.inputs.mean(0) for name, each in found.items() if each.inputs is not None}
+    for name, mean in means.items():
+        if not bool(mean.isfinite().all()):
+            raise ModelError(
+                f'"{name}": the squares of what it is given on calibration inputs are not finite; '
+                f'check the inputs, or leave it out with exclude="{name}"'
+            )
+    return means
 
 
 def _corrected(
