@@ -14,7 +14,7 @@ from fuzz_seeds import read_seeds, write_seeds
 from tersor.codec import load
 from tersor.forms import KINDS
 
-COUNT = 4000
+COUNT = 2000
 
 
 @pytest.fixture(scope="module")
