@@ -1,6 +1,6 @@
 """What 8-bit activations cost: divergence and accuracy of networks that compute as integers would.
 
-Takes about ten minutes on one core. Simulated in torch; `bench/export_onnx.py` has runtimes.
+Takes about ten minutes on one core. Simulated in torch; `bench/runtimes.py` has runtimes.
 """
 
 import json

@@ -29,6 +29,7 @@ import zoo
 from tersor.export import OnnxModel, OpenvinoModel, packed, to_onnx, to_openvino
 from tersor.methods import run
 from tersor.task import Task, classification
+from tersor.task.metrics import average_ranks
 
 LENGTH = 32
 ROUNDS = {1: 60, 32: 12, 64: 12}
@@ -108,10 +109,12 @@ def minilm() -> Case:
 
     with torch.inference_mode():
         wanted = embedded(net)
-    scores = np.array([float(score) for _, _, score in test])
+    scores = torch.tensor([score for _, _, score in test])
 
     def ranked(vectors: Tensor) -> float:
-        return 100 * spearman((vectors[::2] * vectors[1::2]).sum(1).numpy(), scores)
+        alike = (vectors[::2] * vectors[1::2]).sum(1)
+        ranks = torch.stack([average_ranks(alike), average_ranks(scores)])
+        return 100 * torch.corrcoef(ranks)[0, 1].item()
 
     def fidelity(model: nn.Module) -> dict[str, float]:
         found = embedded(model)
@@ -132,15 +135,6 @@ def minilm() -> Case:
 def rounded(figures: dict[str, float]) -> dict[str, float]:
     """Five digits are more than the samples bear."""
     return {name: round(value, 5) for name, value in figures.items()}
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Rank correlation, ties sharing their mean rank."""
-    ranks = []
-    for values in (first, second):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def variants(case: Case, folder: Path) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
