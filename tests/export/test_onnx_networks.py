@@ -24,8 +24,9 @@ def exported(net, path, example, bits):
     return done, codes
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("factory", "rest"), [(zoo.resnet20, 40_000), (zoo.resnet8, 17_000)])
+@pytest.mark.parametrize(
+    ("factory", "rest", "bits"), [(zoo.resnet20, 40_000, 4), (zoo.resnet8, 17_000, 8)]
+)
 def test_cifar_networks_decide_as_in_torch(shared_data, tmp_path, factory, rest, bits):
     net, images = factory(), zoo.cifar10()[0]
     done, codes = exported(net, tmp_path / "net.onnx", images[:2], bits)
