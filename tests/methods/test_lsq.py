@@ -162,7 +162,7 @@ def test_training_that_fails_says_so(net):
 
 
 def test_what_cannot_be_trained_is_refused(net):
-    with pytest.raises(TaskError, match=r"quantize\.lsq trains the network and needs data"):
+    with pytest.raises(TaskError, match=r"quantize\.lsq needs inputs to run the network on"):
         lsq(copy.deepcopy(net))
     with pytest.raises(TaskError, match="the task has none"):
         lsq(copy.deepcopy(net), classification(calibration=images(1, 1)[0]))

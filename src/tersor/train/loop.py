@@ -121,6 +121,6 @@ def _check(what: str, value: Tensor, step: int, steps: int) -> None:
     if not bool(value.isfinite()):
         raise ModelError(
             f"training stopped in step {step} of {steps}: the {what} is {value.item()}; the "
-            "network is as it was at its best before. Train with a lower rate, or look for such "
-            "inputs"
+            "network is as it was at its best before. Ask for more bits or a lower rate, or look "
+            "for inputs that bring it about"
         )

@@ -23,11 +23,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tersor.errors import ModelError, TaskError
+from tersor.errors import ModelError
 from tersor.forms import Bitmask, FakeAffine, NofM
 from tersor.forms.learned_grid import LearnedGrid
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.running import evaluating, unfused
+from tersor.methods.asked import held_out_of
 from tersor.methods.sparse import check_uncoded, keep_zeros, sparse_form
 from tersor.recipe import Outcome, method
 from tersor.surgery.grids import grids, put
@@ -69,14 +70,8 @@ def lsq(
     The step's outcome says what it was trained on, and the divergence of held-out answers from the
     original's at the start of training and now.
     """
-    if task is None:
-        raise TaskError("quantize.lsq trains the network and needs data for it; pass a task")
-    held_out, batches = task.holdout(), task.calibration()
-    if not held_out:
-        raise TaskError(
-            "quantize.lsq chooses its best state by held-out inputs and the task has none; give "
-            "it more samples, or holdout=inputs"
-        )
+    task, held_out = held_out_of("quantize.lsq", task)
+    batches = task.calibration()
     sites = walk(model, include, exclude)
     check_uncoded(sites)
     _check_wide(sites)
@@ -98,7 +93,7 @@ def lsq(
             value = value + task.divergence(answer, outputs).mean()
         return value
 
-    groups = _groups(sites, vectors(model, include, exclude), model)
+    groups = _groups(model, sites, vectors(model, include, exclude))
     with _training(model, groups, batch_norms=task.has_train), unfused():
         fitted = fit(
             model,
@@ -186,7 +181,7 @@ def _put_grids(
 
 
 def _groups(
-    sites: Sequence[Site], others: Sequence[Site], model: nn.Module
+    model: nn.Module, sites: Sequence[Site], others: Sequence[Site]
 ) -> list[dict[str, Any]]:
     """Each tensor to train, with a rate in proportion to its size."""
     forms = [site.form for site in sites]

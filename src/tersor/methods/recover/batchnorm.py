@@ -20,9 +20,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from tersor.errors import ModelError, OptionError, TaskError
+from tersor.errors import ModelError, OptionError
 from tersor.measure import reference_outputs
 from tersor.measure.channels import Channels, Norms, channels, norms_of
+from tersor.methods.asked import held_out_of, original_of
 from tersor.methods.norms import Original, Statistics, correct
 from tersor.recipe import Outcome, method
 from tersor.surgery.walk import kind_of
@@ -46,21 +47,10 @@ def batchnorm(
     the step's outcome says whether, with the divergence before and after. Raises OptionError for a
     network without batch norms, TaskError without data.
     """
-    if task is None:
-        raise TaskError("recover.batchnorm needs inputs to run the network on; pass a task")
-    if original is None:
-        raise OptionError(
-            "recover.batchnorm compares with the network before compression; use run(), which "
-            "passes it, or batchnorm(model, task, original=network)"
-        )
+    task, held_out = held_out_of("recover.batchnorm", task, samples)
+    original = original_of("recover.batchnorm", original)
     norms = norms_of(model)
     _check_pairs(norms, norms_of(original), model)
-    held_out = task.holdout(samples)
-    if not held_out:
-        raise TaskError(
-            "recover.batchnorm judges itself on held-out inputs and the task has none; "
-            "give it more samples, or holdout=inputs"
-        )
     batches = task.calibration(samples)
     before = Original(
         channels(original, task, batches), reference_outputs(original, task, held_out)

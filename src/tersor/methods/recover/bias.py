@@ -23,9 +23,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tersor.errors import OptionError, TaskError
+from tersor.errors import OptionError
 from tersor.measure import divergence_of, evaluating, reference_outputs
 from tersor.measure.channels import Channels
+from tersor.methods.asked import held_out_of, original_of
 from tersor.methods.placing import is_linear
 from tersor.recipe import Outcome, method, recipe_of
 from tersor.surgery.fold import FoldedNorm, fold
@@ -49,19 +50,9 @@ def bias(
     the step's outcome says whether, with the divergence before and after. Raises OptionError for a
     network without such biases, TaskError without data.
     """
-    if task is None:
-        raise TaskError("recover.bias needs inputs to run the network on; pass a task")
-    if original is None:
-        raise OptionError(
-            "recover.bias compares with the network before compression; use run(), which passes "
-            "it, or bias(model, task, original=network)"
-        )
-    held_out, batches = task.holdout(samples), task.calibration(samples)
-    if not held_out:
-        raise TaskError(
-            "recover.bias judges itself on held-out inputs and the task has none; give it more "
-            "samples, or holdout=inputs"
-        )
+    task, held_out = held_out_of("recover.bias", task, samples)
+    original = original_of("recover.bias", original)
+    batches = task.calibration(samples)
     prepared, unlike = _prepared(original, model, task)
     layers = _layers(model, prepared, unlike)
     if not layers:

@@ -25,6 +25,7 @@ from tersor.forms import Affine, Residual
 from tersor.forms.form import rows
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.curvature import curvature
+from tersor.methods.asked import original_of
 from tersor.methods.sparse import sparse_form
 from tersor.recipe import Outcome, method
 from tersor.surgery.hold import hold, release_all
@@ -60,11 +61,7 @@ def lqer(
     that was pruned, whose zeros it would fill, or corrected already, and ModelError where what a
     weight is given is not finite.
     """
-    if original is None:
-        raise OptionError(
-            "recover.lqer compares with the network before compression; use run(), which passes "
-            "it, or lqer(model, task, original=network)"
-        )
+    original = original_of("recover.lqer", original)
     if 8 < factor_bits < 16:
         raise OptionError(f"factor_bits={factor_bits}; choose 2 to 8, or 16 for bfloat16")
     plain = release_all(copy.deepcopy(original))

@@ -19,10 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tersor.errors import OptionError, TaskError
+from tersor.errors import OptionError
 from tersor.forms import Form, Trellis
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.running import unfused
+from tersor.methods.asked import held_out_of, original_of
 from tersor.methods.tuning import Trained, Tuned, TunedNumbers, shown
 from tersor.recipe import Outcome, method
 from tersor.surgery.hold import held
@@ -59,19 +60,8 @@ def scales(
     anything changed, with the divergence before and after. Raises OptionError for a network without
     such parts, TaskError without data, ModelError where training does not stay finite.
     """
-    if task is None:
-        raise TaskError("recover.scales needs inputs to run the network on; pass a task")
-    if original is None:
-        raise OptionError(
-            "recover.scales compares with the network before compression; use run(), which "
-            "passes it, or scales(model, task, original=network)"
-        )
-    held_out = task.holdout(samples)
-    if not held_out:
-        raise TaskError(
-            "recover.scales judges itself on held-out inputs and the task has none; "
-            "give it more samples, or holdout=inputs"
-        )
+    task, held_out = held_out_of("recover.scales", task, samples)
+    original = original_of("recover.scales", original)
     tuned = _tuned(model, vectors=vectors)
     lessons = answers(original, task, task.calibration(samples))
     wanted = reference_outputs(original, task, held_out)

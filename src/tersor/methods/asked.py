@@ -1,0 +1,38 @@
+"""What recoveries ask of their caller, and what they say where it is missing."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tersor.errors import OptionError, TaskError
+from tersor.task import Inputs, Task
+
+
+def original_of(name: str, original: nn.Module | None) -> nn.Module:
+    """The network before compression. name: of the method. Raises OptionError without it."""
+    if original is None:
+        raise OptionError(
+            f"{name} compares with the network before compression; use run(), which passes it, or "
+            f"{name.rpartition('.')[2]}(model, task, original=network)"
+        )
+    return original
+
+
+def held_out_of(
+    name: str, task: Task | None, samples: int | None = None
+) -> tuple[Task, list[Inputs]]:
+    name: str, task: Task | None, samples: int | None = None
+) -> tuple[Task, list[Inputs]]:
+    """The task, and inputs of it to judge by. Raises TaskError without any.
+
+    samples: to use, at most; None for all that it keeps for that
+    """
+    if task is None:
+        raise TaskError(f"{name} needs inputs to run the network on; pass a task")
+    held_out = task.holdout(samples)
+    if not held_out:
+        raise TaskError(
+            f"{name} judges itself on held-out inputs and the task has none; give it more samples, "
+            "or holdout=inputs"
+        )
+    return task, held_out
