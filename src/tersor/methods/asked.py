@@ -21,8 +21,6 @@ def original_of(name: str, original: nn.Module | None) -> nn.Module:
 def held_out_of(
     name: str, task: Task | None, samples: int | None = None
 ) -> tuple[Task, list[Inputs]]:
-    name: str, task: Task | None, samples: int | None = None
-) -> tuple[Task, list[Inputs]]:
     """The task, and inputs of it to judge by. Raises TaskError without any.
 
     samples: to use, at most; None for all that it keeps for that
