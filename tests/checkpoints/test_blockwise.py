@@ -487,8 +487,8 @@ def test_memory_is_stated_for_what_the_method_does():
         return needs.needs_of(model, list(model.model.layers), tokens, **given).memory
 
     assert stated(0) == 10**9 + 2 * 4 * max(sizes)
-    # 18 copies of (48, 32), 4 squares of 48 inputs, and what 96 tokens give.
-    solved = 4 * (18 * 48 * 32 + 4 * 48**2) + 4 * 96 * (48 + 3 * 32)
+    # 8 copies of (48, 32), 3 squares of 48 inputs, and what 96 tokens give.
+    solved = 4 * (8 * 48 * 32 + 3 * 48**2) + 4 * 96 * (48 + 3 * 32)
     assert stated(96, solved=True) == stated(0) + solved
     weights = sum(p.numel() for p in model.parameters())
     assert stated(0, symmetric=False) == max(stated(0), 10**9 + 2 * weights)

@@ -16,8 +16,8 @@ from tersor.errors import OptionError, OutputError
 GB = 10**9
 _FIXED = GB
 """Python, torch and transformers, and the elements that are looked at together."""
-_WEIGHTS, _MOMENTS = 18, 4
-"""Copies of the largest weight, and squares of its inputs, while its codes are chosen by GPTQ."""
+_WEIGHTS, _MOMENTS = 8, 3
+"""Copies of the largest weight, and squares of its inputs, while its codes are chosen."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tersor.task import Task
 Coding = Callable[[Problem, Levels], tuple[Tensor, Levels]]
 """Chooses codes (outputs, inputs), and the levels that they then stand for."""
 
-_ROUNDS, _SWEEPS = 1, 2
+_ROUNDS, _SWEEPS = 2, 1
 """Rounds of fitting scales and going over the codes, and sweeps over them in each."""
 
 

@@ -97,17 +97,15 @@ class Problem:
 class Rounding:
     """Rows of a weight on their way to codes.
 
-    Inside, columns stand first and in the order of rising energy: neighbours in memory are what is
-    computed together, and the last columns, which matter most, are coded first.
+    Inside, inputs stand first: what is computed together then lies together in memory.
     """
 
     def __init__(self, problem: Problem, levels: Levels) -> None:
-        metric, inputs = problem.metric, problem.target.shape[1]
-        self._metric, self._levels, self._order = metric, levels, metric.order
-        self._target = problem.target.T[self._order]
-        self._zeros = None if problem.zeros is None else problem.zeros.T[self._order]
-        self._member = self._order // (levels.group_size or inputs)
-        self._groups: list[int] = self._member.tolist()
+        self._metric, self._levels = problem.metric, levels
+        self._target = problem.target.T.contiguous()
+        self._zeros = None if problem.zeros is None else problem.zeros.T.contiguous()
+        self._size = levels.group_size or len(self._target)
+        self._member = torch.arange(len(self._target), device=self._target.device) // self._size
         self._scale, self._zero = levels.scale.T.contiguous(), levels.zero.T.contiguous()
         self._codes = torch.zeros_like(self._target)
         # Moments times target, and times target - Q: what a small change of each value would gain.
@@ -117,7 +115,7 @@ class Rounding:
     @property
     def codes(self) -> Tensor:
         """(outputs, inputs) as floats."""
-        return self._codes[self._order.argsort()].T
+        return self._codes.T
 
     @property
     def levels(self) -> Levels:
@@ -126,20 +124,23 @@ class Rounding:
 
     def start(self, codes: Tensor) -> None:
         """Takes codes (outputs, inputs) from elsewhere."""
-        self._codes, self._pull = codes.T[self._order], None
+        self._codes, self._pull = codes.T.clone(), None
 
     def feed_forward(self) -> None:
-        """Chooses all codes, by GPTQ."""
+        """Chooses all codes, by GPTQ. Inputs are in the order of rising energy, the last first."""
         lower, _ = self._metric.factors
-        left, self._pull = self._target.clone(), None
-        for start, stop in _blocks(len(left)):
+        order: list[int] = self._metric.order.tolist()
+        left, self._pull = self._target[self._metric.order], None
+        for stop in range(len(left), 0, -_BLOCK):
+            start = max(0, stop - _BLOCK)
             errors = torch.empty_like(left[start:stop])
-            for column in reversed(range(start, stop)):
-                code = self._nearest(column, left[column])
+            for at in reversed(range(start, stop)):
+                column = order[at]
+                code = self._nearest(column, left[at])
                 self._codes[column] = code
                 error = self._target[column] - self._value(column, code)
-                errors[column - start] = error
-                left[start:column].addr_(lower[column, start:column], error)
+                errors[at - start] = error
+                left[start:at].addr_(lower[at, start:at], error)
             left[:start].addmm_(lower[start:stop, :start].T, errors)
 
     def descend(self, sweeps: int) -> None:
@@ -147,23 +148,24 @@ class Rounding:
 
         No row gets worse: its error falls or stays. Ends early once nothing changes.
         """
-        moments, pull = self._metric.ordered, self._pulled()
-        energies = moments.diagonal().tolist()
+        pull, energies = self._pulled(), self._metric.energies.tolist()
         for _ in range(sweeps):
             changed = False
-            for start, stop in _blocks(len(pull)):
-                moved = torch.zeros_like(pull[start:stop])
-                for column in reversed(range(start, stop)):
+            for start in range(0, len(pull), _BLOCK):
+                stop = min(start + _BLOCK, len(pull))
+                within, moved = self._metric.block(start, stop), torch.zeros_like(pull[start:stop])
+                for column in range(start, stop):
                     value = self._value(column, self._codes[column])
                     code = self._nearest(column, value + pull[column] / energies[column])
                     move = self._value(column, code) - value
                     moved[column - start] = move
                     self._codes[column] = code
-                    pull[start:stop].addr_(moments[start:stop, column], move, alpha=-1)
+                    pull[start:stop].addr_(within[column - start], move, alpha=-1)
                 if bool(moved.any()):
                     changed = True
-                    pull[:start].addmm_(moments[:start, start:stop], moved, alpha=-1)
-                    pull[stop:].addmm_(moments[stop:, start:stop], moved, alpha=-1)
+                    rows = self._metric.own[start:stop]
+                    pull[:start].addmm_(rows[:, :start].T, moved, alpha=-1)
+                    pull[stop:].addmm_(rows[:, stop:].T, moved, alpha=-1)
             if not changed:
                 break
 
@@ -174,7 +176,7 @@ class Rounding:
         """
         apart = self._apart()
         if self._wish is None:
-            self._wish = self._metric.ordered @ self._target
+            self._wish = self._metric.times(self._target)
         wanted = self._by_group(apart * self._wish).T
         system, pulled = self._system(apart)
         ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
@@ -194,16 +196,18 @@ class Rounding:
     def _system(self, apart: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of every row (groups, groups): what two groups with scales of 1 cost together.
 
-        And moments @ apart, where there is one group.
+        And the moments times `apart`, where there is one group.
         """
-        moments, groups = self._metric.ordered, len(self._scale)
+        groups = len(self._scale)
         if groups == 1:
-            pulled = moments @ apart
+            pulled = self._metric.times(apart)
             return (pulled * apart).sum(0)[:, None, None], pulled
         system = apart.new_empty(apart.shape[1], groups, groups)
         for group in range(groups):
-            members = (self._member == group).nonzero()[:, 0]
-            system[:, group] = self._by_group((moments[:, members] @ apart[members]).mul_(apart)).T
+            part = slice(group * self._size, (group + 1) * self._size)
+            pulled = self._metric.own[:, part] @ apart[part]
+            pulled[part].add_(apart[part], alpha=self._metric.extra)
+            system[:, group] = self._by_group(pulled.mul_(apart)).T
         return system, None
 
     def _by_group(self, values: Tensor) -> Tensor:
@@ -219,11 +223,11 @@ class Rounding:
     def _pulled(self) -> Tensor:
         if self._pull is None:
             value = self._apart().mul_(self._scale[self._member])
-            self._pull = self._metric.ordered @ value.neg_().add_(self._target)
+            self._pull = self._metric.times(value.neg_().add_(self._target))
         return self._pull
 
     def _nearest(self, column: int, value: Tensor) -> Tensor:
-        group, found = self._groups[column], self._levels
+        group, found = column // self._size, self._levels
         code = (value / self._scale[group]).add_(self._zero[group])
         code.round_().clamp_(found.low, found.high)
         if self._zeros is None:
@@ -231,11 +235,5 @@ class Rounding:
         return torch.where(self._zeros[column], self._zero[group], code)
 
     def _value(self, column: int, code: Tensor) -> Tensor:
-        group = self._groups[column]
+        group = column // self._size
         return (code - self._zero[group]).mul_(self._scale[group])
-
-
-def _blocks(columns: int) -> Iterator[tuple[int, int]]:
-    """From the last to the first."""
-    for stop in range(columns, 0, -_BLOCK):
-        yield max(0, stop - _BLOCK), stop

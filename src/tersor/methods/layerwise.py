@@ -12,8 +12,7 @@ arXiv:2505.11695, for outputs of the original as the target.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +27,6 @@ from tersor.measure.products import Products, unfused_recurrence
 from tersor.measure.running import unfused
 from tersor.methods.moments import Moments, Sums
 from tersor.methods.sparse import check_uncoded, released
-from tersor.surgery.hold import form_of, release
 from tersor.surgery.walk import Site, walk
 from tersor.task import Task
 
@@ -83,13 +81,13 @@ def layerwise(
     samples: calibration inputs to use, at most
     original: whether the original network runs beside, for `Moments.cross`
 
-    Raises ModelError for inputs that are not finite. The model is then as it was, as after anything
-    else that ends it early.
+    Raises ModelError for inputs that are not finite. Whatever ends it early, what is quantized by
+    then is held, and all other weights are as they were.
     """
     batches = task.calibration(samples)
     check_uncoded(sites)
     twin = copy.deepcopy(model) if original else None
-    with _all_or_none(sites), evaluating(model), unfused(), unfused_recurrence(model):
+    with evaluating(model), unfused(), unfused_recurrence(model):
         here = Passes(sites, [partial(task.predict, model, batch) for batch in batches])
         if twin is None:
             in_order(here, quantize)
@@ -138,34 +136,19 @@ def in_order(here: Passes, quantize: Quantize, there: Passes | None = None) -> N
         site.weight.copy_(form.dense())
         forms[site.name] = form
 
-    with torch.no_grad():
-        order, several = _order(here)
-        for site in (s for s in here.sites if s.name not in order):
-            take(site, None)
-        _take_several(here, [s for s in here.sites if s.name in several], take)
-        once = [name for name in order if name not in several]
-        _take_once(here, there, once, take)
-    for site in here.sites:
-        site.hold(forms[site.name])
-
-
-@contextmanager
-def _all_or_none(sites: Sequence[Site]) -> Iterator[None]:
-    """Puts weights and forms back where something fails, so that another try starts afresh."""
-    before = [(site, site.form, site.weight.clone()) for site in sites]
     try:
-        yield
-    except BaseException:
-        for site, form, weight in before:
+        with torch.no_grad():
+            order, several = _order(here)
+            for site in (s for s in here.sites if s.name not in order):
+                take(site, None)
+            _take_several(here, [s for s in here.sites if s.name in several], take)
+            once = [name for name in order if name not in several]
+            _take_once(here, there, once, take)
+    finally:
+        for site in here.sites:
+            form = forms.get(site.name, sparse[site.name])
             if form is not None:
                 site.hold(form)
-            else:
-                plain: nn.Parameter | None = None
-                for layer, attribute in site.uses:
-                    if form_of(layer, attribute) is not None:
-                        plain = release(layer, attribute, plain)
-                site.weight.copy_(weight)
-        raise
 
 
 class _Uses(Products):  # type: ignore[no-untyped-call]

@@ -64,7 +64,8 @@ class Sums:
         # Routed elsewhere in one of the networks, a row has no partner.
         whole = self._cross is not None and self._pairs == self._count
         cross = self._cross.div_(self._count) if self._cross is not None and whole else None
-        return Moments(self._own.div_(self._count), cross)
+        own, self._own, self._cross = self._own.div_(self._count), None, None
+        return Moments(own, cross)
 
 
 def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -75,10 +76,9 @@ def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Metric:
-    """What errors of a weight cost: tr(E (own + extra I) E^T).
+    """What errors E (outputs, inputs) of a weight cost: tr(E M E^T), M = own + extra I.
 
-    Rows of a weight share one, and with it what is computed only once: the moments with inputs in
-    the order of rising energy, and their factors.
+    Rows of a weight share one, and with it the factors that are computed only once.
 
     own: (inputs, inputs), positive semidefinite
     """
@@ -96,7 +96,7 @@ class Metric:
 
     @cached_property
     def energies(self) -> Tensor:
-        """(inputs,)"""
+        """The diagonal of M, (inputs,)."""
         return self.own.diagonal() + self.extra
 
     @cached_property
@@ -105,23 +105,28 @@ class Metric:
         return self.own.diagonal().argsort(stable=True)
 
     @cached_property
-    def ordered(self) -> Tensor:
-        """(inputs, inputs) in that order, with the extra."""
-        found = self.own[self.order][:, self.order]
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Those of M with its inputs in that order, see `unit_lower`."""
+        found = self.own[self.order[:, None], self.order]
+        found.diagonal().add_(self.extra)
+        return unit_lower(found)
+
+    def of(self, errors: Tensor) -> Tensor:
+        """What each row of errors costs, (outputs,)."""
+        return ((errors @ self.own) * errors).sum(1) + self.extra * errors.square().sum(1)
+
+    def times(self, values: Tensor) -> Tensor:
+        """M values, for (inputs, ...)."""
+        return (self.own @ values).add_(values, alpha=self.extra)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows and columns start to stop of M."""
+        found = self.own[start:stop, start:stop].clone()
         found.diagonal().add_(self.extra)
         return found
 
-    @cached_property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Those of `ordered`, see `unit_lower`."""
-        return unit_lower(self.ordered)
-
-    def of(self, errors: Tensor) -> Tensor:
-        """What each row of errors (outputs, inputs) costs, (outputs,)."""
-        return ((errors @ self.own) * errors).sum(1) + self.extra * errors.square().sum(1)
-
     def solve(self, pulls: Tensor) -> Tensor:
-        """X (outputs, inputs) of X (own + extra I) = pulls."""
+        """X (outputs, inputs) of X M = pulls."""
         lower, pivots = self.factors
         solve = partial(torch.linalg.solve_triangular, left=False, unitriangular=True)
         half = solve(lower.T, pulls[:, self.order], upper=True)
@@ -133,15 +138,18 @@ def unit_lower(moments: Tensor) -> tuple[Tensor, Tensor]:
     """L and d of moments = L diag(d) L^T, L unit lower triangular, (n, n) and (n,).
 
     An error in row n - 1 of a vector is best made up for by moving each row k before it by
-    -error * L[n - 1, k]; what is left then costs d[n - 1] * error^2; and so on upwards. Raises
-    ModelError for moments that are not positive definite in their precision.
+    -error * L[n - 1, k]; what is left then costs d[n - 1] * error^2; and so on upwards. L takes the
+    place of the moments. Raises ModelError for those not positive definite in their precision.
     """
+    mean = float(moments.diagonal().mean())
+    # Symmetric, and so stored as the library wants it, which otherwise makes a copy.
+    lower = moments.T
     try:
-        lower = torch.linalg.cholesky(moments)
+        torch.linalg.cholesky(lower, out=lower)
     except RuntimeError as error:
         raise ModelError(
             "what layers are given on calibration inputs is too large to work with: a mean square "
-            f"of {float(moments.diagonal().mean()):.3g}; check the inputs"
+            f"of {mean:.3g}; check the inputs"
         ) from error
     roots = lower.diagonal().clone()
     return lower.div_(roots), roots.square()
