@@ -22,7 +22,7 @@ demo: .venv/demo.stamp  ## compress a real pretrained model under a budget and w
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev.stamp  ## run the tests (a few minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: .venv/dev.stamp  ## run the long tests
 	$(BIN)/python -m pytest -m slow

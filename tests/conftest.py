@@ -1,10 +1,12 @@
-"""Every test starts from the same seeds, two threads, and OpenMP threads that do not spin."""
+"""Every test starts from the same seeds, and OpenMP threads that do not spin."""
 
 import os
 
 # OpenMP reads this once, when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# With a worker for each core, more threads would wait for each other, in programs of theirs too.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 import random
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import settings
 
 import zoo
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile("tersor", derandomize=True, deadline=None)
 settings.load_profile("tersor")
 
