@@ -1,8 +1,9 @@
 """Recipes: what was done to a model, in order, as plain data that can be stored and replayed.
 
 `@method` turns a function `(model, task=None, *, options) -> model` into a technique: it checks the
-options against the function's own annotations, fills in the defaults, calls it, and notes the step
-on `model.recipe`. It registers nothing; `methods/table.py` is the one list of techniques.
+options against the function's own annotations and the model for NaN, fills in the defaults, calls
+it, and notes the step on `model.recipe`. It registers nothing; `methods/table.py` is the one list
+of techniques.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from tersor.errors import OptionError
+from tersor.surgery.walk import check_finite
 
 P = ParamSpec("P")
 Outcome = dict[str, Any]
@@ -108,6 +110,7 @@ def method(
         if "generator" in used:
             used["generator"] = _seed(used["generator"])
             kwargs["generator"] = torch.Generator().manual_seed(used["generator"])
+        check_finite(model)
         steps = list(recipe_of(model).steps)
         done = function(model, *args, **kwargs)
         out, outcome = done if isinstance(done, tuple) else (done, {})

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery.nets import Conv1D
 from tersor.codec import load, read_header, save
-from tersor.errors import OptionError
+from tersor.errors import ModelError, OptionError, TaskError
 from tersor.forms import Form
 from tersor.methods import TABLE, replay, run
 from tersor.recipe import defaults_of, name_of
@@ -249,3 +250,34 @@ def test_outputs_stay_finite_and_of_the_same_shape(name, task):
             after = done(ids(n, 3))
             assert after.shape == model(ids(n, 3)).shape
             assert torch.isfinite(after).all()
+
+
+@every_technique
+def test_weights_that_are_not_finite_are_refused_by_name(name, task):
+    model = net()
+    with torch.no_grad():
+        model.inner.weight[3, 5] = float("nan")
+    with pytest.raises(ModelError, match=r'"inner\.weight" of shape \(16, 16\) holds NaN .* in 1 '):
+        TABLE[name](model, task)
+
+
+@every_technique
+def test_without_data_it_works_or_says_what_it_needs(name):
+    needs = f"{name} pass a task"
+    try:
+        run(net(), steps(name))
+    except TaskError as error:
+        needs = str(error)
+    assert re.search(rf"{re.escape(name)} .*pass a task", needs)
+
+
+@every_technique
+def test_dead_channels_and_weights_spoil_nothing(name, task):
+    model = net()
+    with torch.no_grad():
+        model.inner.weight[3] = model.inner.bias[3] = 0
+        model.inner.weight[:, 5] = model.output.weight[:, 3] = 0
+        model.mix.weight.zero_()
+    done = run(model, steps(name), task)
+    assert done(ids(8)).isfinite().all()
+    assert done.mix.weight.abs().max() < 1e-30

@@ -14,7 +14,7 @@ from tersor.methods.layerwise import Layer, layerwise
 from tersor.methods.moments import Metric
 from tersor.methods.ranges import levels_of
 from tersor.methods.sparse import keep_zeros
-from tersor.surgery.walk import Patterns, Site, check_finite, walk
+from tersor.surgery.walk import Patterns, Site, walk
 from tersor.task import Task
 
 Coding = Callable[[Problem, Levels], tuple[Tensor, Levels]]
@@ -45,7 +45,6 @@ def affine_layers(
     """
     if task is None:
         raise TaskError(f"{name} needs inputs to run the network on; pass a task")
-    check_finite(model)
     chosen = walk(model, *sites)
     check_zeros(chosen, symmetric)
 

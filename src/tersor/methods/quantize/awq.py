@@ -36,7 +36,7 @@ from tersor.methods.rescaling import (
     multiply_outputs,
 )
 from tersor.recipe import Outcome, method
-from tersor.surgery.walk import Patterns, check_finite, walk
+from tersor.surgery.walk import Patterns, walk
 from tersor.task import Task
 
 _ALPHAS = tuple(step / 20 for step in range(20))
@@ -68,7 +68,6 @@ def awq(
     """
     if task is None:
         raise TaskError("quantize.awq needs inputs to run the network on; pass a task")
-    check_finite(model)
     sites = walk(model, include, exclude)
     check_zeros(sites, symmetric)
     found = layers_of(model, task, sites, samples=samples)

@@ -20,7 +20,7 @@ from tersor.errors import OptionError
 from tersor.forms import Affine, BitPlanes
 from tersor.methods.sparse import check_uncoded, sparse_form
 from tersor.recipe import method
-from tersor.surgery.walk import Patterns, check_finite, walk
+from tersor.surgery.walk import Patterns, walk
 from tersor.task import Task
 
 
@@ -42,7 +42,6 @@ def binary(
 
     Raises OptionError for a weight that is quantized already, or was pruned: there is no zero.
     """
-    check_finite(model)
     sites = walk(model, include, exclude)
     check_uncoded(sites)
     for site in sites:

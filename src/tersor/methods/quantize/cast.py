@@ -21,7 +21,7 @@ from tersor.errors import OptionError
 from tersor.forms import Bitmask, Dense, NofM
 from tersor.recipe import method
 from tersor.surgery.hold import form_of, hold
-from tersor.surgery.walk import Patterns, Site, check_finite, vectors, walk
+from tersor.surgery.walk import Patterns, Site, vectors, walk
 from tersor.task import Task
 
 TYPES = {
@@ -51,7 +51,6 @@ def cast(
     What takes no more bits already stays as it is, and a pruned layer keeps its mask. Raises
     OptionError for a weight that is quantized already, or too large for fp16.
     """
-    check_finite(model)
     dtype = TYPES[format]
     sites = [site for site in walk(model, include, exclude) if _wider(site, dtype)]
     if dtype.itemsize == 2:

@@ -33,7 +33,7 @@ from tersor.methods.norms import correct, matched
 from tersor.methods.survey import survey
 from tersor.recipe import Outcome, method
 from tersor.surgery.fold import absorb_statistics
-from tersor.surgery.walk import Patterns, Site, check_finite, vectors, walk
+from tersor.surgery.walk import Patterns, Site, vectors, walk
 from tersor.task import Task
 
 
@@ -68,7 +68,6 @@ def entropy(
     """
     if states not in TAPS:
         raise OptionError(f"states={states}; choose one of {list(TAPS)}")
-    check_finite(model)
     sites, others = walk(model, include, exclude), vectors(model, include, exclude)
     norms = _norms(model, others)
     absorb_statistics(model, norms.values())

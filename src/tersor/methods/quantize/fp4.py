@@ -20,7 +20,7 @@ from tersor.forms import BlockFloat
 from tersor.forms.block_float import Format
 from tersor.methods.sparse import check_uncoded, keep_zeros, sparse_form
 from tersor.recipe import method
-from tersor.surgery.walk import Patterns, check_finite, walk
+from tersor.surgery.walk import Patterns, walk
 from tersor.task import Task
 
 
@@ -50,7 +50,6 @@ def fp4(
             f'four_over_six=True for format="{format}", whose scales are powers of two; leave it '
             'out, or choose format="nvfp4"'
         )
-    check_finite(model)
     sites = walk(model, include, exclude)
     check_uncoded(sites)
     choice = format == "nvfp4" if four_over_six is None else four_over_six

@@ -24,7 +24,7 @@ from tersor.forms import Affine
 from tersor.forms.affine import as_matrix, split_groups
 from tersor.methods.sparse import check_uncoded, sparse_form
 from tersor.recipe import method
-from tersor.surgery.walk import Patterns, Site, check_finite, walk
+from tersor.surgery.walk import Patterns, Site, walk
 from tersor.task import Task
 
 _NORM = 0.7
@@ -55,7 +55,6 @@ def hqq(
 
     Raises OptionError for a weight that is quantized already, or was pruned: zeros would be lost.
     """
-    check_finite(model)
     sites = walk(model, include, exclude)
     check_uncoded(sites)
     for site in sites:

@@ -29,7 +29,7 @@ from tersor.methods.allocate import allocate
 from tersor.methods.encoders import Encoder, encoder
 from tersor.methods.layerwise import Layer, layers_of, layerwise
 from tersor.recipe import Outcome, method
-from tersor.surgery.walk import Patterns, Site, check_finite, walk
+from tersor.surgery.walk import Patterns, Site, walk
 from tersor.task import Inputs, Task
 
 _CHILDREN = 8
@@ -69,7 +69,6 @@ def mixed(
     if not choices:
         raise OptionError('choices=[] leaves nothing to choose from; give some, such as "gptq 4"')
     encoders = [encoder(choice) for choice in choices]
-    check_finite(model)
     sites = walk(model, include, exclude)
     table = _measured(model, task, sites, encoders, samples)
     limit = int(bits * sum(site.weight.numel() for site in sites) / 8)

@@ -31,7 +31,7 @@ from tersor.methods.quantize.rtn import int8
 from tersor.recipe import Outcome, method
 from tersor.surgery.fold import fold
 from tersor.surgery.grids import grids, put
-from tersor.surgery.walk import Patterns, Site, check_finite, walk
+from tersor.surgery.walk import Patterns, Site, walk
 from tersor.task import Inputs, Task
 
 
@@ -70,7 +70,6 @@ def static(
     if task is None:
         raise TaskError("quantize.static needs inputs to find ranges with; pass a task")
     _check_new(model)
-    check_finite(model)
     chosen = walk(model, include, exclude)
     layers = {layer: site.name for site in chosen for layer, _ in site.uses}
     judge = Judge.of(model, task, samples) if fallback else None

@@ -23,7 +23,7 @@ from tersor.forms import Affine
 from tersor.forms.affine import as_matrix, split_groups
 from tersor.methods.sparse import check_uncoded, keep_zeros, sparse_form
 from tersor.recipe import method
-from tersor.surgery.walk import Patterns, Site, check_finite, walk
+from tersor.surgery.walk import Patterns, Site, walk
 from tersor.task import Task
 
 Rule = Literal["exact", "absmean"]
@@ -54,7 +54,6 @@ def ternary(
         raise OptionError(
             f"per_tensor=True and group_size={group_size} contradict each other; drop one"
         )
-    check_finite(model)
     sites = walk(model, include, exclude)
     check_uncoded(sites)
     for site in sites:

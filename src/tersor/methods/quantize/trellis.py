@@ -29,7 +29,7 @@ from tersor.methods.ldlq import Code, encode
 from tersor.methods.sparse import check_uncoded
 from tersor.recipe import method
 from tersor.surgery.hold import hold
-from tersor.surgery.walk import Patterns, Site, check_finite, walk
+from tersor.surgery.walk import Patterns, Site, walk
 from tersor.task import Task
 
 
@@ -56,7 +56,6 @@ def trellis(
     Raises OptionError for a weight that is pruned or quantized already, ModelError for weights
     or calibration inputs that are not finite.
     """
-    check_finite(model)
     sites = walk(model, include, exclude)
     check_uncoded(sites)
     for site in sites:
