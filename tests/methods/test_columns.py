@@ -165,10 +165,11 @@ def test_many_rows_give_the_same_as_few():
     problem = Problem.of(weight, moments, zeros=zeros)
     found = levels(weight, 3)
     parts = [Problem(weight[n : n + 2], problem.metric, zeros[n : n + 2]) for n in range(0, 9, 2)]
-    assert len(list(problem.split())) == 1
+    assert len(list(problem.split(None))) == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns, "_AT_ONCE", 50)
-        split = list(problem.split())
+        split = list(problem.split(None))
+        assert len(list(problem.split(3))) == 9
     for part, expected in zip(split, parts, strict=True):
         assert torch.equal(part.target, expected.target)
         assert torch.equal(part.zeros, expected.zeros)

@@ -73,7 +73,7 @@ def affine(
     """The codes of one weight, sparse ones where it was pruned."""
     codes, scale, zero = [], [], []
     for part in problems(layer):
-        for few in part.split():
+        for few in part.split(group_size):
             found = levels_of(
                 few.target,
                 bits=bits,

@@ -85,9 +85,12 @@ class Problem:
         """Of each row, (outputs,)."""
         return self.metric.of(self.target - weight)
 
-    def split(self) -> Iterator[Problem]:
-        """The same for a few rows at a time."""
-        rows = max(1, _AT_ONCE // self.target.shape[1])
+    def split(self, group_size: int | None) -> Iterator[Problem]:
+        """The same for a few rows at a time. group_size: of the levels to come"""
+        inputs = self.target.shape[1]
+        # Scales of many groups take more than the weight, see `Rounding.refit`.
+        groups = -(-inputs // (group_size or inputs))
+        rows = max(1, _AT_ONCE // max(inputs, groups**2))
         for start in range(0, len(self.target), rows):
             few = slice(start, start + rows)
             zeros = None if self.zeros is None else self.zeros[few]
