@@ -12,7 +12,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from tersor.errors import ExportError
-from tersor.program.recurrent import original
+from tersor.surgery.recurrent import original
 
 # Where ONNX's gates are in torch's order: LSTM i, o, f, c of i, f, g, o; GRU z, r, h of r, z, n.
 _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}

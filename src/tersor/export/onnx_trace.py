@@ -24,7 +24,7 @@ from tersor.export.onnx_grids import fill_grids, swap_grids
 from tersor.export.onnx_names import GRIDS, name_all
 from tersor.export.onnx_recurrent import translations
 from tersor.program.call import Call, Untraceable
-from tersor.program.recurrent import whole_recurrences
+from tersor.surgery.recurrent import whole_recurrences
 
 
 @dataclass(frozen=True)

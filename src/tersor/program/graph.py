@@ -14,7 +14,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from tersor.program.call import Untraceable
 from tersor.program.operators import CONSTANT, ITEM, NUMEL, SCALAR, SIZE, WEIGHT, known, overload
 from tersor.program.program import Model, Node, Ref
-from tersor.program.recurrent import original
+from tersor.surgery.recurrent import original
 
 _SCALAR_NAMES: dict[Any, str] = {run: name for name, run in SCALAR.items()}
 _SCALAR_NAMES |= {torch.sym_sum: "sym.sum", math.sqrt: "sym.sqrt", min: "sym.min", max: "sym.max"}

@@ -26,9 +26,9 @@ from tersor.program.graph import Writer
 from tersor.program.interpreter import Interpreted
 from tersor.program.operators import CONSTANT, WEIGHT
 from tersor.program.program import Named, Program, Ref, Size, slots
-from tersor.program.recurrent import whole_recurrences
 from tersor.program.rules import BrokenRule, check_program
 from tersor.program.sizes import Sizes
+from tersor.surgery.recurrent import whole_recurrences
 
 WAY_OUT = (
     "save(..., graph=False) stores the weights alone; load them with load(path, into=your_model)"
