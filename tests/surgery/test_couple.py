@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 import zoo
 from surgery.structures import IMAGE, NETS
+from tersor.codec import load, save
 from tersor.errors import ModelError
+from tersor.export import OnnxModel, to_onnx
 from tersor.forms import Affine
+from tersor.measure import macs
 from tersor.surgery import walk
 from tersor.surgery.coupling import Coupling, Unit, couple
 from tersor.surgery.cut import cut
@@ -120,6 +123,17 @@ def answer(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     return found if isinstance(found, Tensor) else next(iter(found.values()))
 
 
+def counted(model: nn.Module, small: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> None:
+    """A layer's multiply-adds go with the elements of its weight."""
+    before, after = macs(model, inputs), macs(small, inputs)
+    assert after.total < before.total
+    for path, count in after.by_layer.items():
+        layer = model.get_submodule(path)
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            elements = [m.get_submodule(path).weight.numel() for m in (model, small)]
+            assert count * elements[0] == before.by_layer[path] * elements[1]
+
+
 def check(model: nn.Module, inputs: Tensor | tuple[Tensor, ...], share: float) -> None:
     coupling = couple(model, inputs)
     assert coupling.groups
@@ -129,12 +143,11 @@ def check(model: nn.Module, inputs: Tensor | tuple[Tensor, ...], share: float) -
     found = answer(small, inputs)
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert type(small) is type(model)
-    lost = {n: p.numel() for n, p in model.named_parameters()}
+    counted(model, small, inputs)
     for name, parameter in small.named_parameters():
         gone = [len({i for u in units for i in u.slices.get((name, d), ())}) for d in range(9)]
         sizes = [s - g for s, g in zip(model.get_parameter(name).shape, gone, strict=False)]
         assert list(parameter.shape) == sizes
-    assert sum(p.numel() for p in small.parameters()) < sum(lost.values())
     # What norms look at as a whole may go as well; the others are then seen differently.
     every = drawn(coupling, share, mixed=True)
     cut(model, inputs, coupling, every)
@@ -255,3 +268,18 @@ def test_what_a_form_holds_is_not_cut():
     walk(model)[1].hold(Affine.encode(walk(model)[1].weight, bits=4))
     with pytest.raises(ModelError, match=r'"1\.weight" is held by a form'):
         cut(model, inputs, coupling, list(coupling.groups[0].units[:1]))
+
+
+@pytest.mark.parametrize("name", ["queries", "grouped", "unet", "recurrent", "shuffle", "gpt2"])
+def test_a_cut_network_is_written_read_and_exported_as_any_other(name, tmp_path):
+    build, inputs = {**MODELS, **NETS}[name]
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    torch.manual_seed(0)
+    model = calm(build())
+    coupling = couple(model, inputs)
+    cut(model, inputs, coupling, drawn(coupling, 0.5, mixed=True))
+    wanted = answer(model, inputs)
+    path = save(model, tmp_path / "small.tersor", example=inputs)
+    assert (answer(load(path), inputs) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    onnx = OnnxModel(to_onnx(model, tmp_path / "small.onnx", example=inputs).path)
+    assert (answer(onnx, inputs) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
