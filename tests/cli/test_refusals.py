@@ -338,3 +338,11 @@ def test_shells_can_complete_the_verbs():
         [sys.executable, "-m", "tersor"], env=env, capture_output=True, text=True, check=False
     )
     assert set(done.stdout.split()) == {"compare", "compress"}
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "tersor", "quantize", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.close()
+        said = child.stderr.read()
+    assert said == b""

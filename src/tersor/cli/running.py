@@ -76,7 +76,8 @@ class Verbs(TyperGroup):
                 warnings.simplefilter("ignore", FutureWarning)
             try:
                 answer = super().invoke(ctx)
-            except (typer.Exit, typer.Abort, BrokenPipeError):
+            except (typer.Exit, typer.Abort, BrokenPipeError, SystemExit):
+                # The last is what help says where nobody reads on.
                 raise
             except BaseException as error:
                 if not as_json and _is_usage(error):
