@@ -243,6 +243,28 @@ def test_a_network_that_cannot_run_without_them_is_as_it_was():
     assert torch.equal(answer(model, inputs), wanted)
 
 
+class Wordless(nn.Module):
+    """Refuses other sizes without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.shape[1] != 8:
+            raise AssertionError
+        return self.last(x)
+
+
+def test_a_network_that_fails_without_a_word_is_left_alone():
+    model, inputs = Wordless(), torch.randn(2, 6)
+    assert couple(model, inputs).groups
+    coupling = cuttable(model, inputs)
+    assert not coupling.groups
+    assert "does not run once it is cut: AssertionError" in coupling.left["first.weight", 0]
+
+
 def test_a_group_cannot_go_as_a_whole():
     model, inputs = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), torch.randn(2, 6)
     coupling = couple(model, inputs)

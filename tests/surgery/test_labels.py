@@ -9,6 +9,7 @@ import torch
 from tersor.surgery.coupling.elements import RULES as ELEMENTS
 from tersor.surgery.coupling.labels import Block, Labelled, along, reshaped
 from tersor.surgery.coupling.places import RULES as PLACES
+from tersor.surgery.coupling.products import RULES as PRODUCTS
 from tersor.surgery.coupling.units import Units
 
 
@@ -100,3 +101,11 @@ def test_a_reason_is_kept_when_units_are_united():
     units.unite(ids[:2], ids[2:])
     assert units.stays(1) == "it is an output"
     assert units.stays(0) is None
+
+
+def test_a_convolution_over_labelled_places_keeps_them():
+    units = Units()
+    x, weight = first(units, (2, 3, 8), 2), first(units, (4, 3, 3), 0)
+    found = PRODUCTS["conv1d"](units, (x, weight), {}, (2, 4, 6))
+    assert units.stays(0) == "a convolution goes over it"
+    assert [block.dims for block in found.blocks] == [(1,)]

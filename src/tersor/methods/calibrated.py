@@ -12,7 +12,7 @@ from tersor.forms import Affine
 from tersor.methods.columns import Levels, Problem, Rounding
 from tersor.methods.layerwise import Layer, layerwise
 from tersor.methods.moments import Metric
-from tersor.methods.ranges import levels_of
+from tersor.methods.ranges import levels_for
 from tersor.methods.sparse import keep_zeros
 from tersor.surgery.walk import Patterns, Site, walk
 from tersor.task import Task
@@ -74,14 +74,7 @@ def affine(
     codes, scale, zero = [], [], []
     for part in problems(layer):
         for few in part.split(group_size):
-            found = levels_of(
-                few.target,
-                bits=bits,
-                group_size=group_size,
-                symmetric=symmetric,
-                weights=few.metric.energies,
-            )
-            each, found = choose(few, found)
+            each, found = choose(few, levels_for(few, bits, group_size, symmetric))
             codes.append(each.to(torch.int8))
             scale.append(found.scale.to(torch.bfloat16))
             zero.append(found.zero.to(torch.int8))

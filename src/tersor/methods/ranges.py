@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tersor.forms.affine import split_groups
-from tersor.methods.columns import Levels
+from tersor.methods.columns import Levels, Problem
 
 _SHARES = torch.linspace(1.0, 0.3, 36)
 
@@ -46,6 +46,17 @@ def levels_of(
         scale = torch.where(better, tried[0], scale)
         zero = torch.where(better, tried[1], zero)
     return Levels(scale, zero, low, high, group_size)
+
+
+def levels_for(problem: Problem, bits: int, group_size: int | None, symmetric: bool) -> Levels:
+    """Levels for the target of a problem, errors weighed by the energy of each input."""
+    return levels_of(
+        problem.target,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        weights=problem.metric.energies,
+    )
 
 
 def _symmetric(grouped: Tensor, share: float, high: int) -> tuple[Tensor, Tensor]:

@@ -33,15 +33,15 @@ def cut(model: nn.Module, inputs: Inputs, coupling: Coupling, units: Sequence[Un
     gone = _gone(units)
     _check(model, gone)
     before = {name: tensor.data for name, tensor in _tensors(model)}
-    lost = gone_ids(coupling, gone)
-    wanted = [(name, _kept_shape(value, coupling, lost)) for name, value in coupling.steps]
+    lost = _gone_ids(coupling, gone)
+    wanted = [(str(n.target), _kept_shape(value, coupling, lost)) for n, value in coupling.steps]
     settings = [
         {k: v for k, v in vars(module).items() if isinstance(v, int | tuple | list)}
         for module in model.modules()
     ]
     try:
         for name, tensor in _tensors(model):
-            tensor.data = _kept(name, tensor.data, gone)
+            tensor.data, tensor.grad = _kept(name, tensor.data, gone), None
         for module in model.modules():
             _resize(module)
         reason = settled(model, inputs, memories_of(model, coupling, wanted), wanted)
@@ -77,7 +77,7 @@ def _check(model: nn.Module, gone: Mapping[Place, set[int]]) -> None:
             )
 
 
-def gone_ids(coupling: Coupling, gone: Mapping[Place, set[int]]) -> set[int]:
+def _gone_ids(coupling: Coupling, gone: Mapping[Place, set[int]]) -> set[int]:
     """Numbers of the units that are removed."""
     return {
         coupling.units.root(int(coupling.places[place][index]))

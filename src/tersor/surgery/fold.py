@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tersor.errors import ModelError
-from tersor.task import Inputs, evaluation_mode
+from tersor.surgery.tracing import traced
+from tersor.task import Inputs
 
 _LAYERS = {
     "aten.linear.default": nn.Linear,
@@ -74,7 +74,8 @@ def fold(model: nn.Module, inputs: Inputs, only: Collection[nn.Module] | None = 
     another way without its batch norms. Raises ModelError for a network that cannot be traced.
     """
     norms = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    program = _traced(model, inputs) if norms else None
+    unproven = "nothing proves which layer feeds a batch norm; use it without folding"
+    program = traced(model, inputs, unproven) if norms else None
     pairs: list[tuple[str, str]] = []
     skipped: dict[str, str] = {}
     for path, norm in norms.items():
@@ -124,20 +125,6 @@ def absorb_statistics(model: nn.Module, only: Collection[nn.Module] | None = Non
             variance.fill_(1 - norm.eps)
         changed += 1
     return changed
-
-
-def _traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
-    args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else None
-    try:
-        with evaluation_mode(model):
-            return torch.export.export(model, args, kwargs)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{type(model).__name__} cannot be traced, so nothing proves which layer feeds a batch "
-            f"norm ({first}); use it without folding"
-        ) from error
 
 
 def _layer_before(model: nn.Module, path: str, program: ExportedProgram) -> str:

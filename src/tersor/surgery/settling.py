@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from tersor.errors import ModelError
-from tersor.surgery.coupling import Coupling, Labelled, steps, traced
-from tersor.task import Inputs
-from tersor.task.kinds import evaluation_mode
+from tersor.surgery.coupling import Coupling, Labelled, shapes, steps
+from tersor.surgery.tracing import first_line, traced
+from tersor.task import Inputs, call, evaluation_mode
 
 Wanted = Sequence[tuple[str, Any]]
 """Of each step its operator, and the sizes that it should give where they are known."""
@@ -41,7 +41,7 @@ class Memory:
 def memories_of(model: nn.Module, coupling: Coupling, wanted: Wanted) -> list[Memory]:
     """Numbers that modules remember and that sizes in their own operators had before."""
     found: dict[tuple[str, str], Memory] = {}
-    for node, (_, before), (_, after) in zip(coupling.nodes, coupling.steps, wanted, strict=True):
+    for (node, before), (_, after) in zip(coupling.steps, wanted, strict=True):
         pairs = _changed_sizes(before, after)
         for path in _paths(node) if pairs else []:
             module = model.get_submodule(path)
@@ -129,11 +129,11 @@ def _progress(model: nn.Module, inputs: Inputs, wanted: Wanted) -> Progress:
     if reason:
         return Progress(calls, 0, path, reason)
     try:
-        program = traced(model, inputs)
+        program = traced(model, inputs, "nothing proves that it still runs")
     except ModelError as error:
         return Progress(calls, 0, path, str(error))
     for at, (node, (name, expected)) in enumerate(zip(steps(program), wanted, strict=False)):
-        shape = _shapes(node.meta.get("val"))
+        shape = shapes(node.meta.get("val"))
         if str(node.target) != name or not _agrees(shape, expected):
             where = f"{node.name} has shape {shape} and not {expected}"
             return Progress(math.inf, at, _paths(node)[0], where)
@@ -164,18 +164,9 @@ def _called(model: nn.Module, inputs: Inputs) -> tuple[int, str, str]:
         for module in names:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
-        args = (
-            () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
-        )
         try:
             with torch.no_grad(), evaluation_mode(model):
-                model(*args, **(inputs if isinstance(inputs, dict) else {}))
+                call(model, inputs)
         except Exception as error:  # a model may raise anything
-            return ended, open_[-1], str(error).strip().splitlines()[0] or type(error).__name__
+            return ended, open_[-1], first_line(error.__cause__ or error)
     return ended, "", ""
-
-
-def _shapes(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_shapes(v) for v in value]
-    return tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else None

@@ -27,7 +27,7 @@ from tersor.methods.columns import Levels, Problem
 from tersor.methods.groups import Group, groups_of
 from tersor.methods.layerwise import Layer, layers_of
 from tersor.methods.moments import Metric
-from tersor.methods.ranges import levels_of
+from tersor.methods.ranges import levels_for
 from tersor.methods.rescaling import (
     TOLERANCE,
     Unchanged,
@@ -131,13 +131,7 @@ def _best_factor(
             scaled = _scaled(layer, factor)
             assert scaled.moments is not None
             problem = Problem(scaled.matrix, Metric(scaled.moments.own[0]), scaled.zeros)
-            levels = levels_of(
-                problem.target,
-                bits=bits,
-                group_size=group_size,
-                symmetric=symmetric,
-                weights=problem.metric.energies,
-            )
+            levels = levels_for(problem, bits, group_size, symmetric)
             codes, _ = _nearest(problem, levels)
             error += float(problem.error(levels.dense(codes)).sum())
         if error < least:

@@ -164,7 +164,7 @@ bitwise_and __and__ addcmul lerp
 _ALONE = """
 relu relu6 leaky_relu elu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid softplus selu
 celu log_sigmoid hardshrink exp log sqrt rsqrt abs neg square reciprocal sin cos erf clamp clamp_min
-clamp_max dropout feature_dropout contiguous clone detach alias to _to_copy type_as float
+clamp_max dropout feature_dropout contiguous clone detach alias to _to_copy type_as
 logical_not bitwise_not nan_to_num floor round sign zeros_like ones_like full_like lift_fresh_copy
 """
 _SUMS = "mean sum amax amin var std all any linalg_vector_norm"

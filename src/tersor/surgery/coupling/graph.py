@@ -20,22 +20,18 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from tersor.errors import ModelError
 from tersor.surgery.coupling import elements, products
 from tersor.surgery.coupling import places as moving
 from tersor.surgery.coupling.labels import Block, Labelled
 from tersor.surgery.coupling.rules import Rule, keep_all
 from tersor.surgery.coupling.units import Ids, Units
-from tersor.surgery.recurrent import whole_recurrences
+from tersor.surgery.tracing import traced
 from tersor.task import Inputs
-from tersor.task.kinds import evaluation_mode
 
 _RULES: dict[str, Rule] = {**products.RULES, **elements.RULES, **moving.RULES}
 
 Place = tuple[str, int]
 """A parameter's or buffer's name, and a dimension of it."""
-
-
 _COPIES = {"contiguous", "clone", "detach", "alias"}
 
 
@@ -58,24 +54,30 @@ class Group:
 
     @property
     def places(self) -> tuple[Place, ...]:
+        """The dimensions of weights that they take part of."""
         return tuple(self.units[0].slices)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Coupling:
-    """groups: what can be cut; left: the other dimensions of weights, with the reason"""
+    """What of a network can be cut.
+
+    groups: what can be cut
+    left: the other dimensions of weights, with the reason
+    units, places: the units by their numbers, and of every dimension of a weight its units
+    steps: what the network computes, each operator with the labels of its result
+    """
 
     groups: list[Group]
     left: dict[Place, str]
     units: Units
     places: dict[Place, Ids]
-    nodes: tuple[Node, ...] = ()
-    steps: tuple[tuple[str, Any], ...] = ()
+    steps: list[tuple[Node, Any]]
 
 
 def couple(model: nn.Module, inputs: Inputs) -> Coupling:
     """What of a network can be cut. inputs: one batch. Raises ModelError if it cannot be traced."""
-    program = traced(model, inputs)
+    program = traced(model, inputs, "nothing says what can be cut together; leave it whole")
     units = Units()
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -99,25 +101,8 @@ def couple(model: nn.Module, inputs: Inputs) -> Coupling:
             keep_all(units, _value(node.args[0], values), "it is an output of the network")
         else:
             values[node] = _called(units, node, values)
-    found = _grouped(units, places)
-    found.nodes = tuple(steps(program))
-    found.steps = tuple((str(node.target), values[node]) for node in found.nodes)
-    return found
-
-
-def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
-    """The network as its operators. Raises ModelError."""
-    args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else None
-    try:
-        with evaluation_mode(model), whole_recurrences():
-            return torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:  # torch.export raises many types
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{type(model).__name__} cannot be traced, so nothing says what can be cut together: "
-            f"{first}"
-        ) from error
+    groups, left = _grouped(units, places)
+    return Coupling(groups, left, units, places, [(n, values[n]) for n in steps(program)])
 
 
 def _stored(units: Units, name: str, shape: tuple[int, ...], places: dict[Place, Ids]) -> Labelled:
@@ -140,7 +125,7 @@ def _called(units: Units, node: Node, values: dict[Node, Any]) -> Any:
         return None
     name = str(node.target).removeprefix("aten.").removeprefix("tersor.").partition(".")[0]
     rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
-    shape = _shape(node.meta.get("val"))
+    shape = shapes(node.meta.get("val"))
     if rule is None:
         keep_all(units, [*args, *kwargs.values()], f"no rule says what {name} does with it")
         return _unlabelled(shape)
@@ -195,9 +180,10 @@ def _flat(values: Any) -> list[Any]:
     return [f for v in values for f in (_flat(v) if isinstance(v, list | tuple) else [v])]
 
 
-def _shape(value: Any) -> Any:
+def shapes(value: Any) -> Any:
+    """The shape of a tensor, a list of them for several, None for anything else."""
     if isinstance(value, list | tuple):
-        return [_shape(v) for v in value]
+        return [shapes(v) for v in value]
     return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else None
 
 
@@ -209,7 +195,7 @@ def _value(argument: Any, values: dict[Node, Any]) -> Any:
     return argument
 
 
-def _grouped(units: Units, places: dict[Place, Ids]) -> Coupling:
+def _grouped(units: Units, places: dict[Place, Ids]) -> tuple[list[Group], dict[Place, str]]:
     members: dict[int, dict[Place, list[int]]] = defaultdict(lambda: defaultdict(list))
     for place, ids in places.items():
         for index, root in enumerate(units.roots(ids).tolist()):
@@ -235,4 +221,4 @@ def _grouped(units: Units, places: dict[Place, Ids]) -> Coupling:
                 left.setdefault(place, "it is one unit, without which nothing is left")
         else:
             groups.append(Group(tuple(alike)))
-    return Coupling(groups, left, units, places)
+    return groups, left

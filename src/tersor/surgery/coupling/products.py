@@ -44,13 +44,11 @@ def _convolved(
     x, weight, bias = operands
     channels = len(x.shape) - (len(weight.shape) - 1)
     x, given = along(units, x, channels)
-    for dim in range(len(x.shape)):
-        if dim > channels:
-            keep_all(
-                units,
-                Labelled(x.shape, tuple(b for b in x.blocks if dim in b.dims)),
-                "places of a convolution",
-            )
+    for dim in range(channels + 1, len(x.shape)):
+        x, along_it = along(units, x, dim)
+        if along_it is not None:
+            units.keep(along_it, "a convolution goes over it")
+        x = x.without(dim)
     for dim in range(2, len(weight.shape)):
         kernel = single(units, weight, dim)
         if kernel is not None:
