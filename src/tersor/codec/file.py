@@ -15,7 +15,7 @@ from tersor.codec.container import canonical, read_text, write
 from tersor.codec.contents import collect, named, rebuild
 from tersor.codec.errors import Unreadable, about
 from tersor.codec.header import Entry, Header, Plain, Run, as_json, typed
-from tersor.codec.header_reader import parse
+from tersor.codec.header_reader import STRUCTURE, parse
 from tersor.codec.into import check_complete, place
 from tersor.codec.leaves import all_leaves
 from tersor.codec.pack import as_tensor
@@ -28,6 +28,7 @@ from tersor.program.interpreter import Interpreted
 from tersor.program.of_model import Example, own_program, program_of
 from tersor.program.program import Program
 from tersor.recipe import Recipe, recipe_of
+from tersor.surgery.structure import Structure, note, structure_of
 
 Read = tuple[Header, list[Tensor | Form], Program | None]
 
@@ -69,6 +70,7 @@ def save(
     check_profile(profile)
     notes: dict[str, Any] = {
         "recipe": _steps(recipe_of(model) if recipe is None else recipe),
+        STRUCTURE: structure_of(model).as_json(),
         "metrics": _noted("metrics", metrics),
         "provenance": _noted("provenance", provenance),
     }
@@ -177,7 +179,7 @@ def load(
     with about(name_of(path)):
         header, items, program = _read(path, threads, base)
         if into is not None:
-            place(into, zip(header.entries, items, strict=True))
+            place(into, zip(header.entries, items, strict=True), _structure(header))
             check_complete(into)
             model = into
         elif program is None:
@@ -188,6 +190,7 @@ def load(
         else:
             model = assembled(header.entries, items, program)
         _note(model, header)
+        note(model, _structure(header))
     return model.eval()
 
 
@@ -204,6 +207,7 @@ def verify(path: Place, *, base: Place | None = None) -> Header:
         if program is not None:
             assembled(header.entries, items, program)
         _recipe(header)
+        _structure(header)
     return header
 
 
@@ -252,6 +256,13 @@ def _recipe(header: Header) -> Recipe:
         return Recipe.from_json(header.recipe)
     except OptionError as error:
         raise Unreadable(f"its recipe cannot be read: {error}") from None
+
+
+def _structure(header: Header) -> Structure:
+    try:
+        return Structure.from_json(header.structure)
+    except ModelError as error:
+        raise Unreadable(str(error)) from None
 
 
 def _steps(recipe: Recipe | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -114,6 +114,7 @@ class Header:
     constants: name -> tensor that the stored program uses beside the weights
     base: identity of the file that changes are counted from, empty where there is none
     recipe: the steps that were applied, as `Recipe.as_json` gives them
+    structure: what was changed beside tensors, as `Structure.as_json` gives it
     identity: checksum of the header, which holds the checksums of all chunks
     program_bytes: length of the stored program, 0 for a file without one
     chunks_at: where the first chunk begins
@@ -131,6 +132,7 @@ class Header:
     inside: tuple[tuple[int, ...], ...]
     base: str
     recipe: list[dict[str, Any]]
+    structure: dict[str, Any]
     metrics: dict[str, Any]
     provenance: dict[str, Any]
     identity: str
@@ -194,7 +196,7 @@ def as_json(
 ) -> dict[str, Any]:
     """The header without its table of runs; what is empty is left out.
 
-    notes: recipe, metrics, provenance and base
+    notes: recipe, structure, metrics, provenance and base
     """
     modules: dict[str, list[Any]] = {}
     tied: dict[str, str] = {}

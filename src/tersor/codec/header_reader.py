@@ -25,6 +25,9 @@ SMALLEST_LIMIT = 2**30
 STORED_RATIO = 64
 DENSE_RATIO = 1024
 
+STRUCTURE = "+structure"
+"""Only `load(path, into=...)` needs it, so a reader may pass over it."""
+
 _NEEDED = {"writer": str, "modules": list}
 _OPTIONAL = {
     "tied": dict,
@@ -40,7 +43,10 @@ _OPTIONAL = {
 
 def parse(text: Text) -> Header:
     """Reads and checks the header. Raises Unreadable with the first rule that it breaks."""
-    fields = _header_fields(_json(text.header))
+    given = _json(text.header)
+    fields = _header_fields(given)
+    structure = given.get(STRUCTURE, {})
+    expect(isinstance(structure, dict), f'"{STRUCTURE}" of the header is no mapping')
     entries = _entries(fields["modules"], fields["tied"])
     constants = tuple(_constant(name, value) for name, value in fields["constants"].items())
     names = [name for entry in entries for name in entry.names]
@@ -63,6 +69,7 @@ def parse(text: Text) -> Header:
         inside=inside,
         base=fields["base"],
         recipe=fields["recipe"],
+        structure=structure,
         metrics=fields["metrics"],
         provenance=fields["provenance"],
         identity=text.identity,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, KeysView, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from tersor.codec.contents import stored
@@ -14,21 +16,30 @@ from tersor.errors import FileError, ModelError
 from tersor.forms import Form
 from tersor.program.program import split_name
 from tersor.surgery.hold import bake, form_of, hold, release
+from tersor.surgery.skip import skip
+from tersor.surgery.structure import Structure, put_numbers, shrink
 
 Item = tuple[Entry, Tensor | Form]
 
 
-def place(model: nn.Module, items: Iterable[Item]) -> None:
+def place(model: nn.Module, items: Iterable[Item], structure: Structure) -> None:
     """Holds each form, and sets each tensor, under all its names in `model`; puts grids in.
 
-    Raises FileError, before changing anything, unless names and shapes are the same.
+    structure: of the saved network, which `model` gets first
+
+    Raises FileError, before changing anything, unless names and shapes are the same then.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"into={model!r:.60} is not a torch.nn.Module; build the network first, into=Net()"
         )
-    extras, items = taken_out(_under_all_names(model, list(items)))
-    _check(model, {name: item for entry, item in items for name in entry.names}, extras)
+    extras, items = taken_out(items)
+    trial = _hollow(model) if structure else model
+    _restructure(trial, structure, items)
+    items = _under_all_names(trial, items)
+    _check(trial, {name: item for entry, item in items for name in entry.names}, extras)
+    if trial is not model:
+        _restructure(model, structure, items)
     extras.put_into(model)
     # All of them first: a layer that holds a form already is of a class that cannot be baked.
     for entry, _ in items:
@@ -46,6 +57,27 @@ def place(model: nn.Module, items: Iterable[Item]) -> None:
                 setattr(layer, leaf, item)
             else:
                 shared = _set(layer, leaf, item, shared)
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """A copy to try things on, whose tensors take no memory."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    hollow: dict[int, Tensor] = {}
+    for key, tensor in tensors.items():
+        empty = torch.empty_like(tensor, device="meta")
+        hollow[key] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, hollow)
+
+
+def _restructure(model: nn.Module, structure: Structure, items: Sequence[Item]) -> None:
+    """Does to a fresh network what was done to the saved one, beside its tensors."""
+    try:
+        skip(model, structure.skipped)
+        put_numbers(model, structure.numbers)
+        if structure.cut:
+            shrink(model, {name: tuple(item.shape) for e, item in items for name in e.names})
+    except ModelError as error:
+        raise FileError(f"it does not fit into={type(model).__name__}: {error}") from None
 
 
 def check_complete(model: nn.Module) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tersor.errors import ModelError
 from tersor.surgery.coupling import Coupling, Labelled, Place, Unit
 from tersor.surgery.hold import held
-from tersor.surgery.settling import memories_of, settled
+from tersor.surgery.settling import changed_numbers, memories_of, settled
+from tersor.surgery.structure import Structure, note, resize
 from tersor.task import Inputs
 
 
@@ -43,8 +44,9 @@ def cut(model: nn.Module, inputs: Inputs, coupling: Coupling, units: Sequence[Un
         for name, tensor in _tensors(model):
             tensor.data, tensor.grad = _kept(name, tensor.data, gone), None
         for module in model.modules():
-            _resize(module)
-        reason = settled(model, inputs, memories_of(model, coupling, wanted), wanted)
+            resize(module)
+        memories = memories_of(model, coupling, wanted)
+        reason = settled(model, inputs, memories, wanted)
         if reason:
             raise ModelError(
                 f"{type(model).__name__} does not run once it is cut: {reason}; leave these units "
@@ -56,6 +58,7 @@ def cut(model: nn.Module, inputs: Inputs, coupling: Coupling, units: Sequence[Un
         for module, saved in zip(model.modules(), settings, strict=True):
             module.__dict__.update(saved)
         raise
+    note(model, Structure(cut=True, numbers=changed_numbers(model, memories)))
     return model
 
 
@@ -113,34 +116,3 @@ def _kept(name: str, tensor: Tensor, gone: Mapping[Place, set[int]]) -> Tensor:
             left = [i for i in range(tensor.shape[dim]) if i not in lost]
             tensor = tensor.index_select(dim, torch.tensor(left, device=tensor.device))
     return tensor.contiguous()
-
-
-def _resize(module: nn.Module) -> None:
-    """Sets what a layer of torch says of itself to the shape of its weight."""
-    weight = module._parameters.get("weight")
-    match module:
-        case nn.Linear() if weight is not None:
-            module.out_features, module.in_features = weight.shape
-        case nn.modules.conv._ConvNd() if weight is not None:
-            first, second = weight.shape[:2]
-            old = module.in_channels if module.transposed else module.out_channels
-            module.groups = max(1, module.groups * first // old)
-            if module.transposed:
-                module.in_channels, module.out_channels = first, second * module.groups
-            else:
-                module.out_channels, module.in_channels = first, second * module.groups
-        case nn.modules.batchnorm._NormBase():
-            known = weight if weight is not None else module._buffers.get("running_mean")
-            if known is not None:
-                module.num_features = len(known)
-        case nn.GroupNorm() if weight is not None:
-            module.num_groups = module.num_groups * len(weight) // module.num_channels
-            module.num_channels = len(weight)
-        case nn.LayerNorm() | nn.RMSNorm() if weight is not None:
-            module.normalized_shape = tuple(weight.shape)
-        case nn.Embedding() if weight is not None:
-            module.num_embeddings, module.embedding_dim = weight.shape
-        case nn.RNNBase():
-            module.input_size = module.get_parameter("weight_ih_l0").shape[1]
-            module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
-            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -104,6 +105,16 @@ def settled(model: nn.Module, inputs: Inputs, memories: Sequence[Memory], wanted
         else:
             return reached.reason
     return ""
+
+
+def changed_numbers(model: nn.Module, memories: Sequence[Memory]) -> dict[str, dict[str, int]]:
+    """What modules remember now that they did not before, by path and attribute."""
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for memory in memories:
+        now = getattr(model.get_submodule(memory.path), memory.attribute)
+        if now != memory.before:
+            found[memory.path][memory.attribute] = now
+    return dict(found)
 
 
 def _around(outer: str, inner: str) -> bool:
