@@ -163,11 +163,35 @@ def test_a_skipped_block_hands_on_what_it_is_given(tmp_path):
         assert torch.equal(answer(other, x), wanted)
 
 
-def test_a_block_that_returns_a_tuple_still_does(tmp_path):
+class Telling(Block):
+    """Says something beside, as blocks of transformers do with their attention."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
+class Unpacking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Telling(), Telling()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, _ = block(x)
+        return x
+
+
+def test_a_block_that_returns_a_tuple_still_does():
+    model, x = Unpacking(), torch.randn(3, 6)
+    wanted = model.blocks[0](x)[0]
+    assert torch.equal(answer(skip(model, {"blocks.1": 2}), x), wanted)
+
+
+def test_a_skipped_block_of_a_transformer_is_as_if_it_were_not_there():
     model = hf.GPT2Model(hf.GPT2Config(**GPT2)).eval()
     shorter = copy.deepcopy(model)
     del shorter.h[0]
-    skip(model, {"h.0": 1})
+    skip(model, {"h.0": 0})
     assert torch.equal(answer(model, IDS), answer(shorter, IDS))
 
 
