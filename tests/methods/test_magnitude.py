@@ -7,7 +7,8 @@ from torch import nn
 from surgery.nets import NETS, make
 from tersor.errors import OptionError
 from tersor.forms import Bitmask, Dense
-from tersor.methods.prune.magnitude import largest, magnitude
+from tersor.methods.masks import largest
+from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.rtn import rtn
 from tersor.surgery import walk
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch import nn
 
 from tersor.methods.prune.magnitude import magnitude
+from tersor.methods.prune.sparsegpt import sparsegpt
+from tersor.methods.prune.wanda import wanda
 from tersor.methods.quantize.adaround import adaround
 from tersor.methods.quantize.awq import awq
 from tersor.methods.quantize.binary import binary
@@ -35,6 +37,8 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "transform.rotate": rotate,
     "transform.smooth": smooth,
     "prune.magnitude": magnitude,
+    "prune.wanda": wanda,
+    "prune.sparsegpt": sparsegpt,
     "quantize.cast": cast,
     "quantize.rtn": rtn,
     "quantize.gptq": gptq,

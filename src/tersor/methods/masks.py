@@ -1,0 +1,235 @@
+"""Which weights stay when others become zero: all but a share, or n of every m neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tersor.errors import OptionError, TaskError
+from tersor.forms import Bitmask, Dense, Form, NofM
+from tersor.forms.form import rows, unrows
+from tersor.methods.calibrated import problems
+from tersor.methods.columns import Problem
+from tersor.methods.layerwise import Layer, layerwise
+from tersor.methods.sparse import check_uncoded
+from tersor.recipe import Outcome
+from tersor.surgery.walk import Patterns, Site, walk
+from tersor.task import Task
+
+Sparsity = (
+    Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")]
+)
+"""The share of weights that become zero, or "n:m": of every m neighbouring inputs n stay."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Of every m neighbouring inputs n stay. Neighbours as `NofM` has them."""
+
+    n: int
+    m: int
+
+
+Wanted = float | Pattern
+"""The share of weights that become zero, or a pattern."""
+Choose = Callable[[Problem, Wanted], Tensor]
+"""The weight (outputs, inputs) that a problem's target becomes."""
+
+
+def wanted(sparsity: Sparsity) -> Wanted:
+    """What an option asks for. Raises OptionError for a pattern that no form can store."""
+    if not isinstance(sparsity, str):
+        return sparsity
+    n, m = (int(part) for part in sparsity.split(":"))
+    if not n < m <= 256:
+        raise OptionError(
+            f"sparsity={sparsity!r} keeps {n} of every {m} weights, but n < m <= 256 must hold; "
+            'use for example "2:4"'
+        )
+    return Pattern(n, m)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Weights to prune.
+
+    left: those that the pattern does not fit, by name, with the reason
+    """
+
+    sites: list[Site]
+    left: dict[str, str]
+
+    @property
+    def outcome(self) -> Outcome:
+        """What was left, if anything was."""
+        return {"left": self.left} if self.left else {}
+
+
+def chosen(model: nn.Module, sparsity: Sparsity, include: Patterns, exclude: Patterns) -> Chosen:
+    """The weights that match. Raises OptionError for coded ones, and where a pattern fits none."""
+    sites = walk(model, include, exclude)
+    for site in sites:
+        forms = list(site.form.forms()) if site.form is not None else []
+        if not all(isinstance(form, Bitmask | NofM | Dense) for form in forms):
+            raise OptionError(
+                f"{site.name!r} of shape {tuple(site.weight.shape)} is stored as {forms[0].kind}; "
+                f"pruning would give its codes up. Prune first, or leave it out with "
+                f'exclude="{site.name}"'
+            )
+    goal = wanted(sparsity)
+    if isinstance(goal, float):
+        return Chosen(sites, {})
+    inputs = {site.name: site.weight.numel() // site.weight.shape[site.axis] for site in sites}
+    left = {
+        name: f"{goal.m} does not divide its {count} inputs"
+        for name, count in inputs.items()
+        if count % goal.m
+    }
+    if len(left) == len(sites):
+        first = sites[0]
+        raise OptionError(
+            f"sparsity={sparsity!r} fits none of the {len(sites)} weights: of {first.name!r} of "
+            f"shape {tuple(first.weight.shape)}, for example, {left[first.name]}; use a fraction "
+            "such as 0.5"
+        )
+    return Chosen([site for site in sites if site.name not in left], left)
+
+
+def prune_by(
+    sites: Sequence[Site], scores: Sequence[Tensor], sparsity: Sparsity, scope: str
+) -> None:
+    """Sets all weights but those of the highest scores to zero and stores what stays, in place.
+
+    scores: of each site, of its weight's shape; what is zero already goes first
+    scope: "layer" for the same share of each, "global" for one comparison of all; a pattern keeps
+        as many of each in any case
+
+    Raises OptionError, with nothing changed, for a layer that would lose all its weights.
+    """
+    goal = wanted(sparsity)
+    known = [
+        score.float().masked_fill(site.weight == 0, -torch.inf)
+        for site, score in zip(sites, scores, strict=True)
+    ]
+    if isinstance(goal, Pattern):
+        kept = [
+            unrows(n_of_m(rows(score, site.axis), goal), tuple(score.shape), site.axis)
+            for site, score in zip(sites, known, strict=True)
+        ]
+    elif scope == "global":
+        sizes = [score.numel() for score in known]
+        every = torch.cat([score.flatten() for score in known])
+        flat = torch.split(largest(every, goal), sizes)
+        kept = [keep.view(score.shape) for keep, score in zip(flat, known, strict=True)]
+    else:
+        kept = [largest(score.flatten(), goal).view(score.shape) for score in known]
+    for site, keep in zip(sites, kept, strict=True):
+        if not keep.any():
+            raise emptied(site, sparsity, ' or scope="layer"' if scope == "global" else "")
+    for site, keep in zip(sites, kept, strict=True):
+        site.hold(sparse(site.weight.masked_fill(~keep, 0), site.axis, goal))
+
+
+def prune_layers(
+    name: str,
+    model: nn.Module,
+    task: Task | None,
+    choose: Choose,
+    *,
+    sparsity: Sparsity,
+    samples: int,
+    sites: tuple[Patterns, Patterns],
+) -> Outcome:
+    """Prunes layer after layer, each for what the pruned layers before it give, in place.
+
+    name: of the method; sites: include, exclude
+    choose: called for each group of a weight's outputs
+
+    A weight with as many zeros as asked for stays as it is.
+    """
+    if task is None:
+        raise TaskError(f"{name} needs inputs to run the network on; pass a task")
+    found, goal = chosen(model, sparsity, *sites), wanted(sparsity)
+    check_uncoded(found.sites)
+    for site in found.sites:
+        if isinstance(goal, float) and round(goal * site.weight.numel()) == site.weight.numel():
+            raise emptied(site, sparsity)
+
+    def prune(layer: Layer) -> Form:
+        weight = layer.site.weight
+        if not pruned(layer.matrix, goal):
+            matrix = torch.cat([choose(part, goal) for part in problems(layer)])
+            weight = unrows(matrix.to(weight.dtype), tuple(weight.shape), layer.site.axis)
+        elif layer.sparse is not None:
+            return layer.sparse
+        return sparse(weight, layer.site.axis, goal)
+
+    layerwise(model, task, found.sites, prune, samples=samples)
+    return found.outcome
+
+
+def pruned(matrix: Tensor, goal: Wanted) -> bool:
+    """Whether a weight (outputs, inputs) has as many zeros as asked for."""
+    zero = matrix == 0
+    if isinstance(goal, Pattern):
+        most = (~zero).view(len(matrix), -1, goal.m).sum(2).max()
+        return int(most) <= goal.n
+    return int(zero.sum()) >= round(goal * zero.numel())
+
+
+def best_of_rows(scores: Tensor, goal: Wanted) -> Tensor:
+    """True for what stays when every row (outputs, inputs) loses as much."""
+    if isinstance(goal, Pattern):
+        return n_of_m(scores, goal)
+    return all_but(scores, round(goal * scores.shape[1]))
+
+
+def n_of_m(scores: Tensor, pattern: Pattern) -> Tensor:
+    """True for the n largest of every m neighbours in each row, (outputs, inputs)."""
+    groups = scores.reshape(len(scores), -1, pattern.m)
+    return all_but(groups, pattern.m - pattern.n).reshape(scores.shape)
+
+
+def all_but(scores: Tensor, count: int) -> Tensor:
+    """True along the last dimension for all but the `count` smallest; of equal ones the first go.
+
+    scores: (..., n)
+    """
+    gone = scores.sort(dim=-1, stable=True).indices[..., :count]
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, gone, False)
+
+
+def largest(sizes: Tensor, sparsity: float) -> Tensor:
+    """True for all but the round(sparsity * n) smallest of n sizes; of equal ones the first go.
+
+    As `all_but`, without sorting the weights of a whole network.
+    """
+    count = round(sparsity * sizes.numel())
+    keep = torch.ones_like(sizes, dtype=torch.bool)
+    if count:
+        threshold = sizes.kthvalue(count).values
+        keep = sizes > threshold
+        tied = (sizes == threshold).nonzero().flatten()
+        keep[tied[count - int((sizes < threshold).sum()) :]] = True
+    return keep
+
+
+def sparse(weight: Tensor, axis: int, goal: Wanted) -> Bitmask | NofM:
+    """The form of a pruned weight."""
+    if isinstance(goal, Pattern):
+        return NofM.encode(weight, n=goal.n, m=goal.m, axis=axis)
+    return Bitmask.encode(weight)
+
+
+def emptied(site: Site, sparsity: Sparsity, other: str = "") -> OptionError:
+    """For a layer that would lose all its weights. other: way out"""
+    return OptionError(
+        f"sparsity={sparsity} would remove every weight of {site.name!r} of shape "
+        f"{tuple(site.weight.shape)}; use a lower sparsity{other}, or leave it out with "
+        f'exclude="{site.name}"'
+    )
