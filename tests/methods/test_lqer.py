@@ -9,7 +9,8 @@ from torch import nn
 from tersor.errors import ModelError, OptionError
 from tersor.forms import Affine, Residual
 from tersor.methods import run
-from tersor.methods.recover.lqer import low_rank, lqer
+from tersor.methods.recover.lqer import lqer
+from tersor.methods.spectra import low_rank
 from tersor.surgery import walk
 from tersor.task import classification
 

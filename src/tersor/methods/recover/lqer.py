@@ -27,13 +27,11 @@ from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.curvature import curvature
 from tersor.methods.asked import original_of
 from tersor.methods.sparse import sparse_form
+from tersor.methods.spectra import low_rank
 from tersor.recipe import Outcome, method
 from tersor.surgery.hold import hold, release_all
 from tersor.surgery.walk import Patterns, Site, walk
 from tersor.task import Task
-
-_DAMPING = 1e-4
-"""Added to the moments, as a share of their mean diagonal."""
 
 
 @method
@@ -169,25 +167,3 @@ def _corrected(
         hold(form, "left", Affine.encode(left, bits=bits, axis=1))
         hold(form, "right", Affine.encode(right, bits=bits, axis=0))
     return form
-
-
-def low_rank(error: Tensor, moments: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """(outputs, rank) and (rank, inputs) whose product is nearest to `error`, as inputs see it.
-
-    Minimises the trace of D H D^T, with D what is left of the error and H the moments of inputs:
-    with H = L L^T, the singular vectors of error L, with L taken off again on the right.
-
-    moments: (inputs, inputs), None for all directions alike
-    """
-    wide = error.double().cpu()
-    if moments is None:
-        u, s, v = torch.linalg.svd(wide, full_matrices=False)
-    else:
-        level = float(moments.diagonal().mean()) or 1.0
-        eye = torch.eye(len(moments), dtype=torch.float64)
-        root = torch.linalg.cholesky(moments.double().cpu() + _DAMPING * level * eye)
-        u, s, v = torch.linalg.svd(wide @ root, full_matrices=False)
-        v = torch.linalg.solve_triangular(root, v, upper=False, left=False)
-    size = s[:rank].sqrt()
-    left, right = u[:, :rank] * size, size[:, None] * v[:rank]
-    return left.to(error), right.to(error)
