@@ -73,7 +73,8 @@ def root(moments: Tensor, damping: float = DAMPING) -> Tensor:
     values, vectors = torch.linalg.eigh(wide)
     # Sums of float32 leave values a little below zero.
     sizes = (values.clamp(min=0) + damping * level).sqrt()
-    return (vectors * sizes) @ vectors.T
+    found: Tensor = (vectors * sizes) @ vectors.T
+    return found
 
 
 def low_rank(matrix: Tensor, moments: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
