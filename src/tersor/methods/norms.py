@@ -68,6 +68,20 @@ def correct(
     return found
 
 
+def shifted(saved: Statistics, seen: Channels, reference: Channels, smallest: float) -> Statistics:
+    """Statistics moved by what compression has changed; those of few inputs would be worse.
+
+    var = var0 * v_c / v_f and mean = mean0 + (m_c - m_f) * sqrt(var0 / v_f), with m and v of the
+    inputs in the compressed (c) and the original (f) network. A channel that hardly varies keeps
+    its variance.
+    """
+    mean0, var0 = saved
+    varies = (seen.variance > smallest) & (reference.variance > smallest)
+    scale = torch.where(varies, var0 / reference.variance, 1.0)
+    mean = mean0 + (seen.mean - reference.mean) * scale.sqrt()
+    return mean, torch.where(varies, scale * seen.variance, var0)
+
+
 def matched(saved: Statistics, seen: Channels, wanted: Channels, eps: float) -> Statistics:
     """Statistics that give each channel of the outputs its mean and variance back.
 

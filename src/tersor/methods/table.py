@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from tersor.methods.cut.channels import channels
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.prune.sparsegpt import sparsegpt
 from tersor.methods.prune.wanda import wanda
@@ -33,6 +34,7 @@ from tersor.methods.transform.rotate import rotate
 from tersor.methods.transform.smooth import smooth
 
 TABLE: dict[str, Callable[..., nn.Module]] = {
+    "cut.channels": channels,
     "transform.equalize": equalize,
     "transform.rotate": rotate,
     "transform.smooth": smooth,

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from tersor.errors import ModelError, OptionError
 from tersor.measure import reference_outputs
-from tersor.measure.channels import Channels, Norms, channels, norms_of
+from tersor.measure.channels import Norms, channels, norms_of
 from tersor.methods.asked import held_out_of, original_of
-from tersor.methods.norms import Original, Statistics, correct
+from tersor.methods.norms import Original, correct, shifted
 from tersor.recipe import Outcome, method
 from tersor.surgery.walk import kind_of
 from tersor.task import Task
@@ -55,18 +54,9 @@ def batchnorm(
     before = Original(
         channels(original, task, batches), reference_outputs(original, task, held_out)
     )
-    done = correct(model, task, batches, held_out, before, _shifted, norms)
+    done = correct(model, task, batches, held_out, before, shifted, norms)
     outcome = {"kept": done.kept, "divergence_before": done.before, "divergence_after": done.after}
     return model, {**outcome, "layers": len(norms)}
-
-
-def _shifted(saved: Statistics, seen: Channels, reference: Channels, smallest: float) -> Statistics:
-    """The equations of the module's docstring; a channel that hardly varies keeps its variance."""
-    mean0, var0 = saved
-    varies = (seen.variance > smallest) & (reference.variance > smallest)
-    scale = torch.where(varies, var0 / reference.variance, 1.0)
-    mean = mean0 + (seen.mean - reference.mean) * scale.sqrt()
-    return mean, torch.where(varies, scale * seen.variance, var0)
 
 
 def _check_pairs(norms: Norms, targets: Norms, model: nn.Module) -> None:
