@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -39,6 +39,8 @@ Wanted = float | Pattern
 """The share of weights that become zero, or a pattern."""
 Choose = Callable[[Problem, Wanted], Tensor]
 """The weight (outputs, inputs) that a problem's target becomes."""
+Shares = Callable[[Task, Sequence[Site], float], Mapping[str, float]]
+"""What part of its weights each layer is to lose, by name, for a share of all."""
 
 
 def wanted(sparsity: Sparsity) -> Wanted:
@@ -144,11 +146,13 @@ def prune_layers(
     sparsity: Sparsity,
     samples: int,
     sites: tuple[Patterns, Patterns],
+    shares: Shares | None = None,
 ) -> Outcome:
     """Prunes layer after layer, each for what the pruned layers before it give, in place.
 
     name: of the method; sites: include, exclude
     choose: called for each group of a weight's outputs
+    shares: what part of its weights each layer loses, by name; None for the same
 
     A weight with as many zeros as asked for stays as it is.
     """
@@ -156,18 +160,20 @@ def prune_layers(
         raise TaskError(f"{name} needs inputs to run the network on; pass a task")
     found, goal = chosen(model, sparsity, *sites), wanted(sparsity)
     check_uncoded(found.sites)
+    goals: dict[str, Wanted] = dict.fromkeys((site.name for site in found.sites), goal)
+    if shares is not None and isinstance(goal, float):
+        goals = {**shares(task, found.sites, goal)}
     for site in found.sites:
-        if isinstance(goal, float) and round(goal * site.weight.numel()) == site.weight.numel():
-            raise emptied(site, sparsity)
+        most, size = goals[site.name], site.weight.numel()
+        if isinstance(most, float) and round(most * size) == size:
+            raise emptied(site, sparsity, "" if shares is None else ' or scope="layer"')
 
     def prune(layer: Layer) -> Form:
-        weight = layer.site.weight
-        if not pruned(layer.matrix, goal):
-            matrix = torch.cat([choose(part, goal) for part in problems(layer)])
-            weight = unrows(matrix.to(weight.dtype), tuple(weight.shape), layer.site.axis)
-        elif layer.sparse is not None:
+        weight, goal = layer.site.weight, goals[layer.site.name]
+        if layer.sparse is not None and pruned(layer.matrix, goal):
             return layer.sparse
-        return sparse(weight, layer.site.axis, goal)
+        matrix = torch.cat([choose(part, goal) for part in problems(layer)]).to(weight.dtype)
+        return sparse(unrows(matrix, tuple(weight.shape), layer.site.axis), layer.site.axis, goal)
 
     layerwise(model, task, found.sites, prune, samples=samples)
     return found.outcome

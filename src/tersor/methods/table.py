@@ -6,6 +6,7 @@ from torch import nn
 
 from tersor.methods.cut.channels import channels
 from tersor.methods.prune.magnitude import magnitude
+from tersor.methods.prune.obs import obs
 from tersor.methods.prune.sparsegpt import sparsegpt
 from tersor.methods.prune.wanda import wanda
 from tersor.methods.quantize.adaround import adaround
@@ -26,6 +27,7 @@ from tersor.methods.quantize.ternary import ternary
 from tersor.methods.quantize.trellis import trellis
 from tersor.methods.recover.batchnorm import batchnorm
 from tersor.methods.recover.bias import bias
+from tersor.methods.recover.distill import distill
 from tersor.methods.recover.lqer import lqer
 from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
@@ -41,6 +43,7 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "prune.magnitude": magnitude,
     "prune.wanda": wanda,
     "prune.sparsegpt": sparsegpt,
+    "prune.obs": obs,
     "quantize.cast": cast,
     "quantize.rtn": rtn,
     "quantize.gptq": gptq,
@@ -60,6 +63,7 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "share.kmeans": kmeans,
     "recover.batchnorm": batchnorm,
     "recover.bias": bias,
+    "recover.distill": distill,
     "recover.lqer": lqer,
     "recover.scales": scales,
 }
