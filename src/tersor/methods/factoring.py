@@ -35,6 +35,9 @@ Of = Literal["bytes", "macs", "latency"]
 Weigh = Literal["inputs", "fisher", "none"]
 Samples = Annotated[int, Field(ge=1)]
 
+_TRUST = 0.75
+"""How much of a curvature is believed where layers are compared: it holds for small errors only."""
+
 
 @dataclass
 class Target:
@@ -95,10 +98,11 @@ def factorized(
     targets, left = _targets(name, made_by, model, walk(model, *sites))
     targets = _look(name, model, task, targets, left, (of, weigh, samples))
     found = {target.path: candidates(target) for target in targets}
-    if any(target.price is None for target in targets):
-        for target in targets:
-            energy = found[target.path].energy
-            target.price = 1 / energy if energy > 0 else 0.0
+    known = all(target.price is not None for target in targets)
+    for target in targets:
+        energy = found[target.path].energy
+        relative = 1 / energy if energy > 0 else 0.0
+        target.price = relative * ((target.price or 0.0) * energy) ** _TRUST if known else relative
     clock = Clock(of, made_by)
     ways = {t.path: _ways(t, made_by, found[t.path], clock) for t in targets}
     for path in [path for path, each in ways.items() if len(each) == 1]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import ModelError
-from tersor.surgery.links import CONVOLUTIONS, MAKERS, Core, Ranks, fit, sizes_of
+from tersor.surgery.links import CONVOLUTIONS, MAKERS, Ranks, fit, sizes_of
 from tersor.surgery.walk import kind_of
 
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -54,20 +54,17 @@ class Chain(nn.Sequential):
         """The weight of one layer that gives the same, multiplied out at each look."""
         links: list[Any] = list(self)
         if self.made_by == "tensor_train":
-            cores = [link for link in links if isinstance(link, Core)]
-            first = cores[0].linear.weight
+            first = links[0].linear.weight
             found = torch.eye(self.in_features, dtype=first.dtype, device=first.device)
-            for core in cores:
+            for core in links[:-1]:
                 found = core(found)
-            return found.T
+            return found if self.turned else found.T
         found = links[0].weight
         for link in links[1:]:
+            # Each channel by itself, or all to all; kernels lie along different dimensions.
             each = getattr(link, "groups", 1) > 1
-            found = (
-                link.weight * found
-                if each
-                else torch.einsum("or...,rc...->oc...", link.weight, found)
-            )
+            kernel = link.weight
+            found = kernel * found if each else torch.einsum("or...,rc...->oc...", kernel, found)
         return found.T if self.turned else found
 
     @property
