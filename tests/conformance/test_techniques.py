@@ -24,6 +24,8 @@ every_technique = pytest.mark.parametrize("name", TABLE)
 RECOVERIES = {name for name in TABLE if name.startswith("recover.")}
 # A preparation makes nothing smaller either, and comes before.
 PREPARATIONS = {name for name in TABLE if name.startswith("transform.")}
+# What comes before a recovery that is not one from rounding.
+BEFORE = {"recover.polish": {"method": "prune.magnitude", "options": {"sparsity": 0.5}}}
 # One that stores something beside the weights, much less than they had before.
 CORRECTIONS = {"recover.lqer"}
 
@@ -71,7 +73,8 @@ def task() -> Task:
 
 def steps(name: str, **options: object) -> list[dict[str, object]]:
     """The technique alone, a recovery behind a step that it can recover from."""
-    before = [{"method": "quantize.rtn", "options": {"bits": 3}}] if name in RECOVERIES else []
+    rounded = {"method": "quantize.rtn", "options": {"bits": 3}}
+    before = [copy.deepcopy(BEFORE.get(name, rounded))] if name in RECOVERIES else []
     return [*before, {"method": name, "options": options}]
 
 

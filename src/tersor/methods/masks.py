@@ -225,7 +225,7 @@ def largest(sizes: Tensor, sparsity: float) -> Tensor:
     return keep
 
 
-def sparse(weight: Tensor, axis: int, goal: Wanted) -> Bitmask | NofM:
+def sparse(weight: Tensor, axis: int, goal: Wanted | None) -> Bitmask | NofM:
     """The form of a pruned weight."""
     if isinstance(goal, Pattern):
         return NofM.encode(weight, n=goal.n, m=goal.m, axis=axis)

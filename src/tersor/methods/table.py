@@ -5,6 +5,11 @@ from collections.abc import Callable
 from torch import nn
 
 from tersor.methods.cut.channels import channels
+from tersor.methods.factorize.cp import cp
+from tersor.methods.factorize.nmf import nmf
+from tersor.methods.factorize.svd import svd
+from tersor.methods.factorize.tensor_train import tensor_train
+from tersor.methods.factorize.tucker import tucker
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.prune.obs import obs
 from tersor.methods.prune.sparsegpt import sparsegpt
@@ -29,6 +34,7 @@ from tersor.methods.recover.batchnorm import batchnorm
 from tersor.methods.recover.bias import bias
 from tersor.methods.recover.distill import distill
 from tersor.methods.recover.lqer import lqer
+from tersor.methods.recover.polish import polish
 from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
 from tersor.methods.transform.equalize import equalize
@@ -37,6 +43,11 @@ from tersor.methods.transform.smooth import smooth
 
 TABLE: dict[str, Callable[..., nn.Module]] = {
     "cut.channels": channels,
+    "factorize.svd": svd,
+    "factorize.tucker": tucker,
+    "factorize.cp": cp,
+    "factorize.nmf": nmf,
+    "factorize.tensor_train": tensor_train,
     "transform.equalize": equalize,
     "transform.rotate": rotate,
     "transform.smooth": smooth,
@@ -61,6 +72,7 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "quantize.static": static,
     "quantize.dynamic": dynamic,
     "share.kmeans": kmeans,
+    "recover.polish": polish,
     "recover.batchnorm": batchnorm,
     "recover.bias": bias,
     "recover.distill": distill,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -167,11 +168,11 @@ def _counts(losses: Tensor, goal: Wanted) -> Tensor:
 def _without(problem: Problem, order: Tensor, counts: Tensor) -> Tensor:
     """The best weight without the first of `order` in each row."""
     places = torch.arange(order.shape[1], device=order.device)
-    stays = places >= counts[:, None]
-    keep = torch.ones_like(problem.target, dtype=torch.bool).scatter_(1, order, stays)
+    gone = places < counts[:, None]
+    zeros = torch.zeros_like(problem.target, dtype=torch.bool).scatter_(1, order, gone)
     if problem.zeros is not None:
-        keep &= ~problem.zeros
-    return least_squares(problem.metric, problem.metric.times(problem.target.T).T, keep)
+        zeros |= problem.zeros
+    return least_squares(replace(problem, zeros=zeros))
 
 
 def _shares(
