@@ -27,7 +27,7 @@ from tersor.surgery.chain import Chain, chain_for, replace, whole_because
 from tersor.surgery.hold import bake
 from tersor.surgery.links import Ranks, sizes_of, work
 from tersor.surgery.structure import Structure, note
-from tersor.surgery.walk import Patterns, Site, walk
+from tersor.surgery.walk import Patterns, Site, kind_of, walk
 from tersor.task import Task
 
 Keep = Annotated[float, Field(gt=0, lt=1)]
@@ -67,13 +67,13 @@ class Candidates:
     """Ways to factorize one weight.
 
     energy: of the whole weight, in the measure of `lost`
-    lost: by ranks
-    weights: those of the links, for given ranks, in any shape
+    lost: by ranks, or an estimate of it
+    links: for given ranks the weights of all links, and the share of energy that is lost
     """
 
     energy: float
     lost: Mapping[Ranks, float]
-    weights: Callable[[Ranks], Sequence[Tensor]]
+    links: Callable[[Ranks], tuple[Sequence[Tensor], float]]
 
 
 def factorized(
@@ -115,9 +115,8 @@ def factorized(
     for target in targets:
         way = taken.get(target.path)
         if way is not None and way.ranks:
-            each = found[target.path]
-            _put(model, target, made_by, way.ranks, each.weights(way.ranks))
-            lost = each.lost[way.ranks] / each.energy if each.energy > 0 else 0.0
+            links, lost = found[target.path].links(way.ranks)
+            _put(model, target, made_by, way.ranks, links)
             layers[target.path] = {"ranks": list(way.ranks), "lost": lost}
         elif way is not None:
             left[target.path] = "every rank would cost more than it saves"
@@ -129,19 +128,19 @@ def _targets(
     name: str, made_by: str, model: nn.Module, sites: Sequence[Site]
 ) -> tuple[list[Target], dict[str, str]]:
     """What can become a chain, and for all other weights the reason."""
+    links = _parts(model, Chain)
     for site in sites:
         if site.form is not None:
             raise OptionError(
                 f'"{site.name}" of shape {tuple(site.weight.shape)} is stored as {site.form.kind} '
                 f'already; factorize first, or leave it out with exclude="{site.name}"'
             )
-    inside = {
-        id(part): reason
-        for module in model.modules()
-        for kind, reason in _WITHIN.items()
-        if isinstance(module, kind)
-        for part in module.modules()
-    }
+        if id(site.uses[0][0]) in links:
+            raise OptionError(
+                f'"{site.name}" of shape {tuple(site.weight.shape)} is part of a chain already; '
+                f'start from the original, or leave it out with exclude="{site.name}"'
+            )
+    attention = _parts(model, nn.MultiheadAttention)
     found, left = [], {}
     for site in sites:
         layer, attribute = site.uses[0]
@@ -150,8 +149,10 @@ def _targets(
             left[path] = "its weight is used in several places"
         elif layer is model:
             left[path] = "it is the network itself; put it into an nn.Sequential"
-        elif attribute != "weight" or id(layer) in inside:
-            left[path] = inside.get(id(layer), f'"{attribute}" is no weight that a layer reads')
+        elif id(layer) in attention:
+            left[path] = "attention reads its weight without calling it"
+        elif attribute != "weight":
+            left[path] = f"{kind_of(layer)} is no layer that others could take the place of"
         elif layer._forward_hooks or _hooked(layer):
             left[path] = "it has hooks, which a chain would not call"
         elif reason := whole_because(layer, made_by):
@@ -164,10 +165,10 @@ def _targets(
     return found, left
 
 
-_WITHIN: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "attention reads its weight without calling it",
-    Chain: "it is a link of a chain already",
-}
+def _parts(model: nn.Module, kind: type[nn.Module]) -> set[int]:
+    """Modules that are of a kind, or inside of one that is."""
+    owners = [module for module in model.modules() if isinstance(module, kind)]
+    return {id(part) for owner in owners for part in owner.modules()}
 
 
 def _hooked(layer: nn.Module) -> bool:

@@ -77,6 +77,17 @@ def root(moments: Tensor, damping: float = DAMPING) -> Tensor:
     return found
 
 
+def energy_of(matrix: Tensor, inputs: Tensor | None, answers: Tensor | None = None) -> float:
+    """tr(A W H W^T) of a weight or an error, with the damping that `root` adds."""
+    seen = matrix if inputs is None else matrix @ root(inputs)
+    return float((seen if answers is None else root(answers) @ seen).square().sum())
+
+
+def share(lost: float, energy: float) -> float:
+    """Of the energy; nothing of nothing."""
+    return max(lost, 0.0) / energy if energy > 0 else 0.0
+
+
 def low_rank(matrix: Tensor, moments: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """(outputs, rank) and (rank, inputs) whose product is nearest to `matrix`, as inputs see it.
 

@@ -16,11 +16,14 @@ correlations, where FWSVD has one number for each row.
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 from tersor.methods.factoring import Candidates, Keep, Of, Samples, Target, Weigh, factorized
-from tersor.methods.spectra import spectrum
+from tersor.methods.spectra import share, spectrum
 from tersor.recipe import Outcome, method
+from tersor.surgery.links import Ranks
 from tersor.surgery.walk import Patterns
 from tersor.task import Task
 
@@ -70,8 +73,9 @@ def candidates(target: Target) -> Candidates:
     """Every rank of a weight."""
     found = spectrum(target.matrix, target.inputs, target.answers)
     lost = found.lost.tolist()
-    return Candidates(
-        lost[0],
-        {(rank,): lost[rank] for rank in range(1, len(lost))},
-        lambda ranks: found.factors(ranks[0])[::-1],
-    )
+
+    def links(ranks: Ranks) -> tuple[Sequence[Tensor], float]:
+        left, right = found.factors(ranks[0])
+        return (right, left), share(lost[ranks[0]], lost[0])
+
+    return Candidates(lost[0], {(r,): lost[r] for r in range(1, len(lost))}, links)

@@ -1,0 +1,138 @@
+"""CP: a convolution becomes 1 x 1, a kernel along each dimension of each channel, and 1 x 1 again.
+
+The fewest multiply-accumulates of its family for large kernels: those along dimensions are nearly
+free, and what is left is two layers of kernel 1. It assumes more of a kernel than
+`factorize.tucker` does and loses more at equal bytes where kernels are 3 x 3; without training
+after it, few networks bear it in all layers.
+
+Source: Lebedev et al. 2015, arXiv:1412.6553, section 3; Kolda, Bader 2009, "Tensor decompositions
+and applications", SIAM Review 51(3), figure 3.3, for alternating least squares.
+Differs from the paper: least squares are damped (Tikhonov), which keeps terms from growing against
+each other; with data, channels count by their moments, and the last layer is the best for what
+those before it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from tersor.methods.factoring import Candidates, Keep, Of, Samples, Target, factorized
+from tersor.methods.factorize.tucker import channel_moments
+from tersor.methods.spectra import energy_of, root, share
+from tersor.recipe import Outcome, method
+from tersor.surgery.links import Ranks, sizes_of
+from tersor.surgery.walk import Patterns
+from tersor.task import Task
+
+SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08)
+"""Ranks that are compared, as a share of the one whose factors are as large as the weight."""
+_TRIAL, _SWEEPS, _STARTS = 10, 60, 3
+"""Sweeps for what a rank loses, sweeps for the factors that are kept, and starts for these."""
+_DAMPING = 1e-6
+
+
+@method
+def cp(
+    model: nn.Module,
+    task: Task | None = None,
+    *,
+    keep: Keep = 0.5,
+    of: Of = "bytes",
+    samples: Samples = 512,
+    generator: torch.Generator | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> tuple[nn.Module, Outcome]:
+    """Puts two 1 x 1 convolutions and those between them in the place of each, in place.
+
+    keep, of, samples: as in `factorize.svd`
+    generator: draws where factors start; a recipe notes its seed
+    include, exclude: patterns on names and types, see `walk`
+
+    Linear layers, convolutions of kernel 1 and of groups stay whole; the step's outcome lists them,
+    and for the others the rank and the share of output energy that is lost. Raises OptionError
+    where nothing can be factorized, and for forms.
+    """
+    lots = generator or torch.Generator().manual_seed(0)
+    return factorized(
+        model,
+        task,
+        ("factorize.cp", "cp"),
+        lambda target: candidates(target, lots),
+        keep=keep,
+        of=of,
+        weigh="inputs",
+        samples=samples,
+        sites=(include, exclude),
+    )
+
+
+def candidates(target: Target, generator: torch.Generator) -> Candidates:
+    """A few ranks of a kernel; what each loses is that of a few sweeps."""
+    shape = sizes_of(target.layer)
+    kernel = target.matrix.reshape(shape)
+    inputs = None if target.inputs is None else root(channel_moments(target.inputs, shape[1]))
+    seen = kernel if inputs is None else torch.einsum("oc...,cd->od...", kernel, inputs)
+    energy = float(seen.square().sum())
+    lost: dict[Ranks, float] = {}
+    for part in SHARES:
+        rank = max(1, int(part * seen.numel() / sum(shape)))
+        found = alternated(seen, rank, _TRIAL, generator)
+        lost[(rank,)] = float((seen - composed(found)).square().sum())
+
+    def links(ranks: Ranks) -> tuple[Sequence[Tensor], float]:
+        tries = [alternated(seen, ranks[0], _SWEEPS, generator) for _ in range(_STARTS)]
+        _, second, *along = min(tries, key=lambda t: float((seen - composed(t)).square().sum()))
+        first = second if inputs is None else torch.linalg.solve(inputs, second)
+        return _refitted(target, [first, *along])
+
+    return Candidates(energy, lost, links)
+
+
+def alternated(tensor: Tensor, rank: int, sweeps: int, generator: torch.Generator) -> list[Tensor]:
+    """A factor (size, rank) for each dimension; all but the first have columns of length 1."""
+    factors = [
+        torch.randn(size, rank, generator=generator, dtype=tensor.dtype) for size in tensor.shape
+    ]
+    for _ in range(sweeps):
+        # The first comes last, and takes the lengths of all.
+        for side in (*range(1, tensor.dim()), 0):
+            others = [factor for at, factor in enumerate(factors) if at != side]
+            found = least_squares(tensor.movedim(side, 0).flatten(1), others)
+            factors[side] = found / found.norm(dim=0).clamp(min=1e-300) if side else found
+    return factors
+
+
+def least_squares(flat: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """The factor (size, rank) for which a tensor laid out as (size, rest) is nearest."""
+    gram = reduce(torch.mul, [factor.T @ factor for factor in others])
+    level = float(gram.diagonal().mean()) or 1.0
+    damped = gram + _DAMPING * level * torch.eye(len(gram), dtype=gram.dtype)
+    found: Tensor = torch.linalg.solve(damped, (flat @ product(others)).T).T
+    return found
+
+
+def product(factors: Sequence[Tensor]) -> Tensor:
+    """The column-wise (Khatri-Rao) product, (product of sizes, rank)."""
+    return reduce(lambda a, b: (a[:, None] * b[None]).flatten(0, 1), factors)
+
+
+def composed(factors: Sequence[Tensor]) -> Tensor:
+    """The tensor that factors stand for."""
+    flat = factors[0] @ product(factors[1:]).T
+    return flat.reshape([len(factor) for factor in factors])
+
+
+def _refitted(target: Target, given: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+    """All links for given ones but the last, and the share of energy that is lost."""
+    reduced = product(given).T
+    half = None if target.inputs is None else root(target.inputs)
+    seen = target.matrix if half is None else target.matrix @ half
+    last = seen @ torch.linalg.pinv(reduced if half is None else reduced @ half)
+    missed = energy_of(target.matrix - last @ reduced, target.inputs)
+    links = (*(factor.T for factor in given), last)
+    return links, share(missed, float(seen.square().sum()))

@@ -1,0 +1,123 @@
+"""Non-negative factors: a layer as sums of parts that are never below zero, to be looked at.
+
+For what has a meaning element by element, such as counts or intensities: a part can be read, where
+singular vectors cancel each other out. As a compression it is never better than `factorize.svd`. A
+weight with both signs is split, W = W+ - W-: each part is added or taken away as a whole.
+
+Source: Lee, Seung 2001, "Algorithms for Non-negative Matrix Factorization" (NIPS 13), eq. 1;
+Cichocki, Phan 2009, "Fast local algorithms for large scale nonnegative matrix and tensor
+factorizations", IEICE Trans. E92-A(3), algorithm 2 (HALS).
+Differs from the papers: parts have a sign; inputs count by their energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tersor.methods.factoring import Candidates, Keep, Of, Samples, Target, factorized
+from tersor.methods.spectra import share
+from tersor.recipe import Outcome, method
+from tersor.surgery.links import Ranks
+from tersor.surgery.walk import Patterns
+from tersor.task import Task
+
+_SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08)
+_TRIAL, _SWEEPS = 20, 100
+
+
+@method
+def nmf(
+    model: nn.Module,
+    task: Task | None = None,
+    *,
+    keep: Keep = 0.5,
+    of: Of = "bytes",
+    samples: Samples = 512,
+    generator: torch.Generator | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> tuple[nn.Module, Outcome]:
+    """Puts two layers in the place of each, the first without negative weights, in place.
+
+    Weights of the second are of one sign for each part; where a weight has no negative element,
+    all of its factors have none.
+
+    keep, of, samples: as in `factorize.svd`
+    generator: draws where factors start; a recipe notes its seed
+    include, exclude: patterns on names and types, see `walk`
+
+    The step's outcome lists layers that stay whole, and for the others the number of parts and the
+    share of energy that is lost. Raises OptionError where nothing can be factorized, and for forms.
+    """
+    lots = generator or torch.Generator().manual_seed(0)
+    return factorized(
+        model,
+        task,
+        ("factorize.nmf", "low_rank"),
+        lambda target: candidates(target, lots),
+        keep=keep,
+        of=of,
+        weigh="inputs",
+        samples=samples,
+        sites=(include, exclude),
+    )
+
+
+def candidates(target: Target, generator: torch.Generator) -> Candidates:
+    """A few numbers of parts; what each loses is that of a few sweeps."""
+    sizes = torch.ones(1, dtype=torch.float64)
+    if target.inputs is not None:
+        energies = target.inputs.diagonal().double().cpu()
+        # An input that nobody saw keeps a little weight, or its part would be left to chance.
+        sizes = energies.clamp(min=1e-4 * float(energies.mean()) or 1.0).sqrt()
+    seen = target.matrix * sizes
+    energy, most = float(seen.square().sum()), seen.numel() / sum(seen.shape)
+    lost: dict[Ranks, float] = {}
+    for part in _SHARES:
+        rank = max(1, int(part * most))
+        left, right = parts(seen, rank, _TRIAL, generator)
+        lost[(rank,)] = float((seen - left @ right).square().sum())
+
+    def links(ranks: Ranks) -> tuple[Sequence[Tensor], float]:
+        left, right = parts(seen, ranks[0], _SWEEPS, generator)
+        missed = float((seen - left @ right).square().sum())
+        return (right / sizes, left), share(missed, energy)
+
+    return Candidates(energy, lost, links)
+
+
+def parts(
+    matrix: Tensor, rank: int, sweeps: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(outputs, rank), of one sign in each column, and (rank, inputs) without negative elements.
+
+    Each column and row in turn becomes the best for all others as they are, so that the error never
+    rises. Columns of each sign are as many as its share of the matrix's energy is large.
+    """
+    signs = _signs(matrix, rank)
+    left = torch.rand(len(matrix), rank, generator=generator, dtype=matrix.dtype) * signs
+    right = torch.rand(rank, matrix.shape[1], generator=generator, dtype=matrix.dtype)
+    for _ in range(sweeps):
+        _improve(left, matrix @ right.T, right @ right.T, signs)
+        _improve(right.T, matrix.T @ left, left.T @ left, torch.ones_like(signs))
+    return left, right
+
+
+def _signs(matrix: Tensor, rank: int) -> Tensor:
+    below, whole = matrix.clamp(max=0).square().sum(), matrix.square().sum()
+    share_below = float(below / whole) if whole > 0 else 0.0
+    negative = round(rank * share_below)
+    if 0 < share_below < 1 and rank > 1:
+        negative = min(max(negative, 1), rank - 1)
+    return torch.where(torch.arange(rank) < rank - negative, 1.0, -1.0).to(matrix.dtype)
+
+
+def _improve(factor: Tensor, pulls: Tensor, gram: Tensor, signs: Tensor) -> None:
+    """Goes over the columns of a factor (size, rank), in place."""
+    for at in range(factor.shape[1]):
+        if gram[at, at] > 0:
+            moved = factor[:, at] + (pulls[:, at] - factor @ gram[:, at]) / gram[at, at]
+            factor[:, at] = (moved * signs[at]).clamp(min=0) * signs[at]
