@@ -44,14 +44,17 @@ Shares = Callable[[Task, Sequence[Site], float], Mapping[str, float]]
 
 
 def wanted(sparsity: Sparsity) -> Wanted:
-    """What an option asks for. Raises OptionError for a pattern that no form can store."""
-    if not isinstance(sparsity, str):
-        return sparsity
-    n, m = (int(part) for part in sparsity.split(":"))
+    """What the option asks for. Raises OptionError for a pattern that no form can store."""
+    return pattern_of(sparsity, "sparsity") if isinstance(sparsity, str) else sparsity
+
+
+def pattern_of(text: str, option: str) -> Pattern:
+    """The pattern "n:m". option: it comes from. Raises OptionError for one that cannot be."""
+    n, m = (int(part) for part in text.split(":"))
     if not n < m <= 256:
         raise OptionError(
-            f"sparsity={sparsity!r} keeps {n} of every {m} weights, but n < m <= 256 must hold; "
-            'use for example "2:4"'
+            f"{option}={text!r} keeps {n} of every {m} weights, but n < m <= 256 must hold; use "
+            'for example "2:4"'
         )
     return Pattern(n, m)
 

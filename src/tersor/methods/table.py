@@ -38,6 +38,7 @@ from tersor.methods.recover.polish import polish
 from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
 from tersor.methods.transform.equalize import equalize
+from tersor.methods.transform.permute import permute
 from tersor.methods.transform.rotate import rotate
 from tersor.methods.transform.smooth import smooth
 
@@ -51,6 +52,7 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "transform.equalize": equalize,
     "transform.rotate": rotate,
     "transform.smooth": smooth,
+    "transform.permute": permute,
     "prune.magnitude": magnitude,
     "prune.wanda": wanda,
     "prune.sparsegpt": sparsegpt,
