@@ -17,6 +17,15 @@ from tersor.surgery import hold
 
 WEIGHT = torch.randn(12, 8, 3, generator=torch.Generator().manual_seed(1))
 SPARSE = WEIGHT * (torch.arange(8) % 4 < 2)[:, None]
+
+
+def scaled(weight, axis):
+    """A codebook whose output channels have scales."""
+    form = Codebook.encode(weight, torch.linspace(-1, 1, 12))
+    scale = (torch.arange(weight.shape[axis])[:, None] + 1).bfloat16()
+    return Codebook(form.codes, form.values, scale, bits=4, dtype=weight.dtype, axis=axis)
+
+
 FORMS = {
     "plain": lambda w: None,
     "affine": lambda w: Affine.encode(w, bits=4),
@@ -29,6 +38,8 @@ FORMS = {
     "mxfp4": lambda w: BlockFloat.encode(w, format="mxfp4"),
     "mxfp4 axis": lambda w: BlockFloat.encode(w, format="mxfp4", axis=1),
     "codebook": lambda w: Codebook.encode(w, torch.linspace(-1, 1, 12)),
+    "codebook scales": lambda w: scaled(w, 0),
+    "codebook scales axis": lambda w: scaled(w, 1),
     "dense": lambda w: Dense.encode(w, dtype=torch.bfloat16),
     "dense scales": lambda w: Dense.encode_scaled(w, dtype=torch.float8_e5m2),
     "dense scales axis": lambda w: Dense.encode_scaled(w, dtype=torch.float8_e4m3fn, axis=1),

@@ -259,6 +259,20 @@ def test_a_codebook_becomes_indices(count, kind, size):
     assert writer.stored["w.values"] == ("FLOAT", 4 * count)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_codebook_with_scales_multiplies_what_it_looked_up(shape, axis, dtype):
+    plain = Codebook.encode(weight_of(shape), torch.linspace(-2, 2, 16).half())
+    scale = (torch.arange(shape[axis])[:, None] / 7 + 0.1).bfloat16()
+    form = Codebook(plain.codes, plain.values, scale, bits=4, dtype=dtype, axis=axis)
+    writer = Writer("w", 21)
+    value = run(writer.cast(lower(form, writer), torch.float32), writer)
+    assert torch.equal(value, form.dense().float())
+    assert writer.stored["w.codes"] == ("UINT4", math.ceil(math.prod(shape) / 2))
+    assert writer.stored["w.scale"] == ("BFLOAT16", 2 * shape[axis])
+
+
 @pytest.mark.parametrize("shape", [(6, 40), (5, 3, 3, 3), (1, 9)])
 def test_a_mask_stays_a_mask(shape):
     weight = torch.where(weight_of(shape) > 0.5, weight_of(shape), 0)

@@ -47,11 +47,53 @@ def test_a_codebook_of_another_size_is_refused(shape):
         Codebook.encode(torch.ones(3, 3), torch.ones(shape))
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((3, 5), 0), ((3, 5), 1), ((4, 2, 3, 3), 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_channel_has_its_scale(shape, axis, dtype):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(7, shape, generator=generator, dtype=torch.uint8)
+    values = torch.randn(7, generator=generator).half()
+    scale = (torch.rand(shape[axis], 1, generator=generator) + 0.1).bfloat16()
+    form = Codebook(codes, values, scale, bits=3, dtype=dtype, axis=axis)
+    dense = form.dense()
+    assert dense.dtype == dtype
+    for place in torch.cartesian_prod(*(torch.arange(n) for n in shape)).tolist():
+        exact = values[codes[tuple(place)].long()].float() * scale[place[axis], 0].float()
+        assert dense[tuple(place)] == exact.to(dtype)
+    assert form.stored_bits() == codes.numel() * 3 + 7 * 16 + shape[axis] * 16
+    assert form.tunable() == ("values", "scale")
+    parts = {name: getattr(form, name) for name, _ in form.parts()}
+    again = Codebook.build(form.config(), parts, shape, dtype)
+    assert again.config() == form.config() == {"bits": 3, "axis": axis}
+    assert torch.equal(again.dense(), dense)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale", "rule"),
+    [
+        ({"axis": 0}, torch.ones(2, 1), "bfloat16 of shape"),
+        ({"axis": 0}, torch.ones(2, dtype=torch.bfloat16), "bfloat16 of shape"),
+        ({"axis": 1}, torch.ones(2, 1, dtype=torch.bfloat16), r"bfloat16 of shape \(3, 1\)"),
+        ({"axis": 2}, torch.ones(2, 1, dtype=torch.bfloat16), "axis=2 is no dimension"),
+        ({"axis": None}, torch.ones(1, 1, dtype=torch.bfloat16), "axis=None is no dimension"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(config, scale, rule):
+    codes = torch.zeros(2, 3, dtype=torch.uint8)
+    parts = {"codes": codes, "values": torch.ones(2), "scale": scale}
+    with pytest.raises((ValueError, OptionError), match=rule):
+        Codebook.build({"bits": 1, **config}, parts, (2, 3), torch.float32)
+
+
 @pytest.mark.parametrize(
     ("parts", "rule"),
     [
         ({"codes": torch.full((2, 2), 2, dtype=torch.uint8), "values": torch.ones(2)}, "past"),
         ({"codes": torch.zeros(2, 2), "values": torch.ones(2)}, "uint8"),
+        (
+            {"codes": torch.zeros(2, 2, dtype=torch.uint8), "values": torch.ones(2).int()},
+            "values must be floats",
+        ),
         ({"codes": torch.zeros(2, 3, dtype=torch.uint8), "values": torch.ones(2)}, "shape"),
     ],
 )

@@ -24,7 +24,7 @@ _BY_ROW = {
     "bit_planes": ("codes", "scale"),
     "block_float": ("codes", "scale"),
     "trellis": ("codes", "step"),
-    "codebook": ("codes",),
+    "codebook": ("codes", "scale"),
     "dense": ("stored", "scale"),
 }
 """Parts of forms that have something for each output channel."""

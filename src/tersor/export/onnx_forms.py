@@ -65,9 +65,14 @@ def _dense(form: Dense, writer: Writer, role: str, bits: int | None) -> Any:
 
 
 def _codebook(form: Codebook, writer: Writer, role: str, bits: int | None) -> Any:
-    values = writer.cast(part(form, "values", writer, role), form.dtype)
+    table = torch.float32 if form.scale is not None else form.dtype
+    values = writer.cast(part(form, "values", writer, role), table)
     places = writer.cast(part(form, "codes", writer, role), torch.int32)
-    return writer.op("Gather", values, places, axis=0)
+    weight = writer.op("Gather", values, places, axis=0)
+    if form.scale is not None:
+        scale = writer.store(f"{role}scale", form.along(form.scale.detach()))
+        weight = writer.op("Mul", weight, writer.cast(scale, torch.float32))
+    return weight if table == form.dtype else writer.cast(weight, form.dtype)
 
 
 def _bitmask(form: Bitmask, writer: Writer, role: str, bits: int | None) -> Any:
