@@ -10,6 +10,7 @@ from tersor.methods.factorize.nmf import nmf
 from tersor.methods.factorize.svd import svd
 from tersor.methods.factorize.tensor_train import tensor_train
 from tersor.methods.factorize.tucker import tucker
+from tersor.methods.prune.gradient import gradient
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.prune.obs import obs
 from tersor.methods.prune.sparsegpt import sparsegpt
@@ -37,6 +38,7 @@ from tersor.methods.recover.lqer import lqer
 from tersor.methods.recover.polish import polish
 from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
+from tersor.methods.share.product import product
 from tersor.methods.transform.equalize import equalize
 from tersor.methods.transform.permute import permute
 from tersor.methods.transform.rotate import rotate
@@ -54,6 +56,7 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "transform.smooth": smooth,
     "transform.permute": permute,
     "prune.magnitude": magnitude,
+    "prune.gradient": gradient,
     "prune.wanda": wanda,
     "prune.sparsegpt": sparsegpt,
     "prune.obs": obs,
@@ -74,6 +77,7 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "quantize.static": static,
     "quantize.dynamic": dynamic,
     "share.kmeans": kmeans,
+    "share.product": product,
     "recover.polish": polish,
     "recover.batchnorm": batchnorm,
     "recover.bias": bias,
