@@ -37,7 +37,7 @@ class Clock:
         """
         if self.of == "bytes":
             size = layer.get_parameter("weight").element_size()
-            return lambda each: float(size * self._numbers(layer, each))
+            return lambda each: float(size * self.numbers(layer, each))
         counts = {each: self._macs(layer, calls, each) for each in [(), *ranks]}
         if self.of == "macs":
             return counts.__getitem__
@@ -47,7 +47,8 @@ class Clock:
         macs, times, whole = self._times[key]
         return lambda each: float(np.interp(counts[each], macs, times)) if each else whole
 
-    def _numbers(self, layer: nn.Module, ranks: Ranks) -> int:
+    def numbers(self, layer: nn.Module, ranks: Ranks) -> int:
+        """Weights of a chain, or of the whole layer."""
         outputs, inputs, *kernel = sizes_of(layer)
         if not ranks:
             return outputs * inputs * math.prod(kernel)

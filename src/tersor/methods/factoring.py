@@ -1,65 +1,42 @@
-"""Factorizing: which layers may become chains, what that loses and saves, and putting chains in.
+"""Factorizing: ranks are chosen over all layers at once, and chains put in the place of layers.
 
-A technique says how to factorize one weight; ranks are chosen here, over all layers at once. What
-a layer's error costs is told by the task's divergence where gradients pass, and else by how large
-it is beside what the layer gives.
+A technique says how to factorize one weight, and what that loses. With data, and where it follows
+what inputs are like, each layer is then factorized for what those before it really give, with the
+outputs of the original network as the target.
+
+Source: Li et al. 2025 (GPTAQ), arXiv:2504.02692, eq. 5, for that target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tersor.errors import ModelError, OptionError, TaskError
-from tersor.forms.form import rows
-from tersor.measure.curvature import Curvature, GradientError, curvature
-from tersor.measure.running import evaluating
+from tersor.errors import OptionError
+from tersor.forms import Dense
+from tersor.forms.form import Form
 from tersor.methods.clock import Clock
+from tersor.methods.columns import Problem
+from tersor.methods.layerwise import Layer, layerwise
 from tersor.methods.ranks import Way, chosen
+from tersor.methods.targets import Of, Target, Weigh, look, nothing, targets_of
 from tersor.recipe import Outcome
-from tersor.surgery.chain import Chain, chain_for, replace, whole_because
-from tersor.surgery.hold import bake
-from tersor.surgery.links import Ranks, sizes_of, work
+from tersor.surgery import chain as chains
+from tersor.surgery.links import Ranks
 from tersor.surgery.structure import Structure, note
-from tersor.surgery.walk import Patterns, Site, kind_of, walk
+from tersor.surgery.walk import Patterns, walk
 from tersor.task import Task
 
 Keep = Annotated[float, Field(gt=0, lt=1)]
-Of = Literal["bytes", "macs", "latency"]
-Weigh = Literal["inputs", "fisher", "none"]
 Samples = Annotated[int, Field(ge=1)]
 
 _TRUST = 0.75
 """How much of a curvature is believed where layers are compared: it holds for small errors only."""
-
-
-@dataclass
-class Target:
-    """A layer that may become a chain.
-
-    path: of its first place
-    matrix: (outputs, inputs) float64
-    inputs: (inputs, inputs), second moments of what it is multiplied with; None for all alike
-    answers: (outputs, outputs), how the divergence curves in what it gives, 1 on average; None for
-        all alike
-    price: of one unit of lost energy, in units that layers can be compared in; None for unknown
-    calls: shapes of what it takes and gives for one sample
-    """
-
-    path: str
-    site: Site
-    layer: nn.Module
-    matrix: Tensor
-    inputs: Tensor | None = None
-    answers: Tensor | None = None
-    price: float | None = None
-    calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,19 +45,33 @@ class Candidates:
 
     energy: of the whole weight, in the measure of `lost`
     lost: by ranks, or an estimate of it
-    links: for given ranks the weights of all links, and the share of energy that is lost
     """
 
     energy: float
     lost: Mapping[Ranks, float]
-    links: Callable[[Ranks], tuple[Sequence[Tensor], float]]
+
+
+@dataclass(frozen=True)
+class Technique:
+    """How weights are factorized.
+
+    made_by: what its chains are made by
+    candidates: of one weight
+    links: for given ranks the weights of all links, and the share of energy that is lost
+    follows: whether links are again fitted to what layers before them give
+    """
+
+    name: str
+    made_by: str
+    candidates: Callable[[Target], Candidates]
+    links: Callable[[Target, Ranks], tuple[Sequence[Tensor], float]]
+    follows: bool = False
 
 
 def factorized(
     model: nn.Module,
     task: Task | None,
-    technique: tuple[str, str],
-    candidates: Callable[[Target], Candidates],
+    technique: Technique,
     *,
     keep: float,
     of: Of,
@@ -90,170 +81,54 @@ def factorized(
 ) -> tuple[nn.Module, Outcome]:
     """Puts chains in the place of layers, in place; the outcome says which, and what is lost.
 
-    technique: its name, and what its chains are made by
-    candidates: ways to factorize a layer's weight
     sites: include, exclude; the rest as in `factorize.svd`
     """
-    name, made_by = technique
-    targets, left = _targets(name, made_by, model, walk(model, *sites))
-    targets = _look(name, model, task, targets, left, (of, weigh, samples))
-    found = {target.path: candidates(target) for target in targets}
-    known = all(target.price is not None for target in targets)
-    for target in targets:
-        energy = found[target.path].energy
-        relative = 1 / energy if energy > 0 else 0.0
-        target.price = relative * ((target.price or 0.0) * energy) ** _TRUST if known else relative
+    name, made_by = technique.name, technique.made_by
+    targets, left = targets_of(name, made_by, model, walk(model, *sites))
+    targets = look(name, model, task, targets, left, (of, weigh, samples))
+    found = {target.path: technique.candidates(target) for target in targets}
+    _set_prices(targets, found)
     clock = Clock(of, made_by)
     ways = {t.path: _ways(t, made_by, found[t.path], clock) for t in targets}
     for path in [path for path, each in ways.items() if len(each) == 1]:
         left[path] = "its factors would not be smaller"
         del ways[path]
     if not ways:
-        raise OptionError(_nothing(name, left))
+        raise OptionError(nothing(name, left))
     taken = chosen(ways, keep)
-    layers: dict[str, Any] = {}
-    for target in targets:
-        way = taken.get(target.path)
-        if way is not None and way.ranks:
-            links, lost = found[target.path].links(way.ranks)
-            _put(model, target, made_by, way.ranks, links)
-            layers[target.path] = {"ranks": list(way.ranks), "lost": lost}
-        elif way is not None:
-            left[target.path] = "every rank would cost more than it saves"
+    small = [t for t in targets if t.path in taken and taken[t.path].ranks]
+    left |= {
+        path: "it is worth more than ranks of others" for path, w in taken.items() if not w.ranks
+    }
+    new = {t.path: chains.chain_for(t.layer, made_by, taken[t.path].ranks) for t in small}
+    follow = task if technique.follows and weigh != "none" else None
+    lost = _set_links(model, follow, technique, small, new, samples)
+    for target in small:
+        chains.replace(model, target.layer, new[target.path])
+    note(model, Structure(chains={path: (made_by, each.ranks) for path, each in new.items()}))
     costs = sum(way.cost for way in taken.values()), sum(each[0].cost for each in ways.values())
+    layers = {path: {"ranks": list(new[path].ranks), "lost": lost[path]} for path in new}
     return model, {"remains": costs[0] / costs[1], "layers": layers, "whole": left}
 
 
-def _targets(
-    name: str, made_by: str, model: nn.Module, sites: Sequence[Site]
-) -> tuple[list[Target], dict[str, str]]:
-    """What can become a chain, and for all other weights the reason."""
-    links = _parts(model, Chain)
-    for site in sites:
-        if site.form is not None:
-            raise OptionError(
-                f'"{site.name}" of shape {tuple(site.weight.shape)} is stored as {site.form.kind} '
-                f'already; factorize first, or leave it out with exclude="{site.name}"'
-            )
-        if id(site.uses[0][0]) in links:
-            raise OptionError(
-                f'"{site.name}" of shape {tuple(site.weight.shape)} is part of a chain already; '
-                f'start from the original, or leave it out with exclude="{site.name}"'
-            )
-    attention = _parts(model, nn.MultiheadAttention)
-    found, left = [], {}
-    for site in sites:
-        layer, attribute = site.uses[0]
-        path = site.name.removesuffix(f".{attribute}")
-        if len(site.uses) > 1:
-            left[path] = "its weight is used in several places"
-        elif layer is model:
-            left[path] = "it is the network itself; put it into an nn.Sequential"
-        elif id(layer) in attention:
-            left[path] = "attention reads its weight without calling it"
-        elif attribute != "weight":
-            left[path] = f"{kind_of(layer)} is no layer that others could take the place of"
-        elif layer._forward_hooks or _hooked(layer):
-            left[path] = "it has hooks, which a chain would not call"
-        elif reason := whole_because(layer, made_by):
-            left[path] = reason
-        else:
-            matrix = rows(site.weight, site.axis).double().cpu()
-            found.append(Target(path, site, layer, matrix))
-    if not found:
-        raise OptionError(_nothing(name, left))
-    return found, left
-
-
-def _parts(model: nn.Module, kind: type[nn.Module]) -> set[int]:
-    """Modules that are of a kind, or inside of one that is."""
-    owners = [module for module in model.modules() if isinstance(module, kind)]
-    return {id(part) for owner in owners for part in owner.modules()}
-
-
-def _hooked(layer: nn.Module) -> bool:
-    """By others than torch's old weight norm, which is computed out."""
-    normed = any(name.endswith("_g") for name in layer._parameters)
-    return bool(layer._forward_pre_hooks) and not normed
-
-
-def _nothing(name: str, left: Mapping[str, str]) -> str:
-    path, reason = next(iter(left.items()))
-    more = f", and so on for {len(left)} weights" if len(left) > 1 else ""
-    return f'{name} has nothing to factorize: "{path}": {reason}{more}; include other layers'
-
-
-def _look(
-    name: str,
-    model: nn.Module,
-    task: Task | None,
-    targets: list[Target],
-    left: dict[str, str],
-    how: tuple[Of, Weigh, int],
-) -> list[Target]:
-    """Fills in what is known of layers; returns those that are called, as far as it is known."""
-    of, weigh, samples = how
-    if task is None:
-        if of != "bytes":
-            raise TaskError(f"{name} needs inputs to count {of} with; pass a task, or of='bytes'")
-        return targets
-    _watch_calls(model, task, targets)
-    left |= {t.path: "it is not called on calibration inputs" for t in targets if not t.calls}
-    targets = [target for target in targets if target.calls]
-    if not targets:
-        raise OptionError(_nothing(name, left))
+def _set_prices(targets: Sequence[Target], found: Mapping[str, Candidates]) -> None:
+    """Of energies whose layers cannot all be compared by divergence, only the share counts."""
+    known = all(target.price is not None for target in targets)
     for target in targets:
-        bake(target.layer, "weight")
-    batches, sites = task.calibration(samples), [target.site for target in targets]
-    try:
-        curved = curvature(model, task, batches, sites)
-    except GradientError:
-        curved = curvature(model, task, batches, sites, draws=0)
-    for target in targets:
-        _fill(target, curved[target.site.name], weigh)
-    return targets
-
-
-def _watch_calls(model: nn.Module, task: Task, targets: Sequence[Target]) -> None:
-    """Notes the shapes that each layer takes and gives for the first sample."""
-    with ExitStack() as stack:
-        for target in targets:
-
-            def note(_: nn.Module, given: Any, gives: Tensor, *, to: Target = target) -> None:
-                to.calls.append((tuple(given[0].shape), tuple(gives.shape)))
-
-            stack.callback(target.layer.register_forward_hook(note).remove)
-        stack.enter_context(evaluating(model))
-        task.predict(model, task.calibration(1)[0])
-
-
-def _fill(target: Target, curve: Curvature, weigh: Weigh) -> None:
-    inputs, answers = curve.inputs, curve.outputs
-    if weigh != "none" and inputs is not None:
-        if not bool(inputs.isfinite().all()):
-            raise ModelError(
-                f'"{target.site.name}": the squares of what it is given on calibration inputs are '
-                f'not finite; check the inputs, or leave it out with exclude="{target.site.name}"'
-            )
-        target.inputs = inputs.mean(0)
-    if weigh == "fisher" and answers is not None and float(answers.diagonal(0, 1, 2).mean()) > 0:
-        target.answers = answers[0] / answers[0].diagonal().mean()
-    energy = 1.0 if target.inputs is None else float(target.inputs.diagonal().mean())
-    if curve.own > 0 and energy > 0:
-        # Half the curvature of one weight, in units of its layer's output.
-        target.price = curve.own / energy / 2
+        energy = found[target.path].energy
+        relative = 1 / energy if energy > 0 else 0.0
+        target.price = relative * ((target.price or 0.0) * energy) ** _TRUST if known else relative
 
 
 def _ways(target: Target, made_by: str, each: Candidates, clock: Clock) -> list[Way]:
     """The whole layer, and every chain of fewer numbers that costs less."""
-    given, gives = target.calls[0] if target.calls else _no_call(target)
-    whole = target.matrix.numel()
+    whole, calls = target.matrix.numel(), target.calls
     small = {
         ranks: lost
         for ranks, lost in each.lost.items()
-        if sum(n for n, _ in work(target.layer, made_by, ranks, given, gives)) < whole
+        if clock.numbers(target.layer, ranks) < whole
     }
-    cost = clock.costs(target.layer, target.calls, list(small))
+    cost = clock.costs(target.layer, calls, list(small))
     price = target.price or 0.0
     ways = [Way((), cost(()), 0.0)]
     return ways + [
@@ -263,21 +138,46 @@ def _ways(target: Target, made_by: str, each: Candidates, clock: Clock) -> list[
     ]
 
 
-def _no_call(target: Target) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one place, where sizes alone are asked for."""
-    outputs, inputs, *kernel = sizes_of(target.layer)
-    ones = [1] * len(kernel)
-    return (1, inputs, *ones), (1, outputs, *ones)
+def _set_links(
+    model: nn.Module,
+    task: Task | None,
+    technique: Technique,
+    targets: Sequence[Target],
+    new: Mapping[str, chains.Chain],
+    samples: int,
+) -> dict[str, float]:
+    """Sets the weights of all chains; returns what share of energy each loses.
+
+    task: whose inputs they follow, None for the network as it was
+    """
+    named = {target.site.name: target for target in targets}
+    lost: dict[str, float] = {}
+
+    def quantize(layer: Layer) -> Form:
+        target = named[layer.site.name]
+        if layer.moments is not None:
+            own, cross = layer.moments.own[0], layer.moments.cross
+            wanted = Problem.of(layer.matrix, own, None if cross is None else cross[0]).target
+            target = replace(target, matrix=wanted.double().cpu(), inputs=own.double().cpu())
+        chain = new[target.path]
+        links, lost[target.path] = technique.links(target, chain.ranks)
+        fill(chain, links)
+        weight = chain.weight.detach()
+        return Dense(weight, weight.dtype)
+
+    if task is not None:
+        layerwise(model, task, [t.site for t in targets], quantize, samples=samples, original=True)
+        return lost
+    for target in targets:
+        links, lost[target.path] = technique.links(target, new[target.path].ranks)
+        fill(new[target.path], links)
+    return lost
 
 
-def _put(
-    model: nn.Module, target: Target, made_by: str, ranks: Ranks, weights: Sequence[Tensor]
-) -> None:
-    chain = chain_for(target.layer, made_by, ranks)
+def fill(chain: chains.Chain, links: Sequence[Tensor]) -> None:
+    """Sets the weights of links, given in any shape."""
     owners = [m for m in chain.modules() if m._parameters.get("weight") is not None]
     with torch.no_grad():
-        for owner, weight in zip(owners, weights, strict=True):
+        for owner, weight in zip(owners, links, strict=True):
             own = owner.get_parameter("weight")
             own.copy_(weight.reshape(own.shape))
-    replace(model, target.layer, chain)
-    note(model, Structure(chains={target.path: (made_by, ranks)}))

@@ -15,14 +15,15 @@ those before it give.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
-from tersor.methods.factoring import Candidates, Keep, Of, Samples, Target, factorized
+from tersor.methods.factoring import Candidates, Keep, Samples, Technique, factorized
 from tersor.methods.factorize.tucker import channel_moments
 from tersor.methods.spectra import energy_of, root, share
+from tersor.methods.targets import Of, Target
 from tersor.recipe import Outcome, method
 from tersor.surgery.links import Ranks, sizes_of
 from tersor.surgery.walk import Patterns
@@ -58,11 +59,11 @@ def cp(
     where nothing can be factorized, and for forms.
     """
     lots = generator or torch.Generator().manual_seed(0)
+    first, then = partial(candidates, generator=lots), partial(links, generator=lots)
     return factorized(
         model,
         task,
-        ("factorize.cp", "cp"),
-        lambda target: candidates(target, lots),
+        Technique("factorize.cp", "cp", first, then, follows=True),
         keep=keep,
         of=of,
         weigh="inputs",
@@ -73,24 +74,34 @@ def cp(
 
 def candidates(target: Target, generator: torch.Generator) -> Candidates:
     """A few ranks of a kernel; what each loses is that of a few sweeps."""
-    shape = sizes_of(target.layer)
-    kernel = target.matrix.reshape(shape)
-    inputs = None if target.inputs is None else root(channel_moments(target.inputs, shape[1]))
-    seen = kernel if inputs is None else torch.einsum("oc...,cd->od...", kernel, inputs)
-    energy = float(seen.square().sum())
+    seen, _ = _seen(target)
     lost: dict[Ranks, float] = {}
     for part in SHARES:
-        rank = max(1, int(part * seen.numel() / sum(shape)))
+        rank = max(1, int(part * seen.numel() / sum(seen.shape)))
         found = alternated(seen, rank, _TRIAL, generator)
         lost[(rank,)] = float((seen - composed(found)).square().sum())
+    return Candidates(float(seen.square().sum()), lost)
 
-    def links(ranks: Ranks) -> tuple[Sequence[Tensor], float]:
-        tries = [alternated(seen, ranks[0], _SWEEPS, generator) for _ in range(_STARTS)]
-        _, second, *along = min(tries, key=lambda t: float((seen - composed(t)).square().sum()))
-        first = second if inputs is None else torch.linalg.solve(inputs, second)
-        return _refitted(target, [first, *along])
 
-    return Candidates(energy, lost, links)
+def links(
+    target: Target, ranks: Ranks, generator: torch.Generator
+) -> tuple[Sequence[Tensor], float]:
+    """All convolutions, and the share of energy that is lost."""
+    seen, inputs = _seen(target)
+    tries = [alternated(seen, ranks[0], _SWEEPS, generator) for _ in range(_STARTS)]
+    _, second, *along = min(tries, key=lambda t: float((seen - composed(t)).square().sum()))
+    first = second if inputs is None else torch.linalg.solve(inputs, second)
+    return _refitted(target, [first, *along])
+
+
+def _seen(target: Target) -> tuple[Tensor, Tensor | None]:
+    """The kernel as its channels see it, and the root of their moments."""
+    shape = sizes_of(target.layer)
+    kernel = target.matrix.reshape(shape)
+    if target.inputs is None:
+        return kernel, None
+    inputs = root(channel_moments(target.inputs, shape[1]))
+    return torch.einsum("oc...,cd->od...", kernel, inputs), inputs
 
 
 def alternated(tensor: Tensor, rank: int, sweeps: int, generator: torch.Generator) -> list[Tensor]:

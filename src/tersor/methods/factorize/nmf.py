@@ -13,12 +13,14 @@ Differs from the papers: parts have a sign; inputs count by their energy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tersor.methods.factoring import Candidates, Keep, Of, Samples, Target, factorized
+from tersor.methods.factoring import Candidates, Keep, Samples, Technique, factorized
 from tersor.methods.spectra import share
+from tersor.methods.targets import Of, Target
 from tersor.recipe import Outcome, method
 from tersor.surgery.links import Ranks
 from tersor.surgery.walk import Patterns
@@ -53,11 +55,11 @@ def nmf(
     share of energy that is lost. Raises OptionError where nothing can be factorized, and for forms.
     """
     lots = generator or torch.Generator().manual_seed(0)
+    first, then = partial(candidates, generator=lots), partial(links, generator=lots)
     return factorized(
         model,
         task,
-        ("factorize.nmf", "low_rank"),
-        lambda target: candidates(target, lots),
+        Technique("factorize.nmf", "low_rank", first, then),
         keep=keep,
         of=of,
         weigh="inputs",
@@ -68,25 +70,33 @@ def nmf(
 
 def candidates(target: Target, generator: torch.Generator) -> Candidates:
     """A few numbers of parts; what each loses is that of a few sweeps."""
-    sizes = torch.ones(1, dtype=torch.float64)
-    if target.inputs is not None:
-        energies = target.inputs.diagonal().double().cpu()
-        # An input that nobody saw keeps a little weight, or its part would be left to chance.
-        sizes = energies.clamp(min=1e-4 * float(energies.mean()) or 1.0).sqrt()
-    seen = target.matrix * sizes
-    energy, most = float(seen.square().sum()), seen.numel() / sum(seen.shape)
+    seen = target.matrix * _sizes(target)
     lost: dict[Ranks, float] = {}
     for part in _SHARES:
-        rank = max(1, int(part * most))
+        rank = max(1, int(part * seen.numel() / sum(seen.shape)))
         left, right = parts(seen, rank, _TRIAL, generator)
         lost[(rank,)] = float((seen - left @ right).square().sum())
+    return Candidates(float(seen.square().sum()), lost)
 
-    def links(ranks: Ranks) -> tuple[Sequence[Tensor], float]:
-        left, right = parts(seen, ranks[0], _SWEEPS, generator)
-        missed = float((seen - left @ right).square().sum())
-        return (right / sizes, left), share(missed, energy)
 
-    return Candidates(energy, lost, links)
+def links(
+    target: Target, ranks: Ranks, generator: torch.Generator
+) -> tuple[Sequence[Tensor], float]:
+    """The two layers, and the share of energy that is lost."""
+    sizes = _sizes(target)
+    seen = target.matrix * sizes
+    left, right = parts(seen, ranks[0], _SWEEPS, generator)
+    missed = float((seen - left @ right).square().sum())
+    return (right / sizes, left), share(missed, float(seen.square().sum()))
+
+
+def _sizes(target: Target) -> Tensor:
+    """How large each input is."""
+    if target.inputs is None:
+        return torch.ones(1, dtype=torch.float64)
+    energies = target.inputs.diagonal().double().cpu()
+    # One that nobody saw keeps a little weight, or its part would be left to chance.
+    return energies.clamp(min=1e-4 * float(energies.mean()) or 1.0).sqrt()
 
 
 def parts(

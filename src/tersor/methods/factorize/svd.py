@@ -20,8 +20,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from tersor.methods.factoring import Candidates, Keep, Of, Samples, Target, Weigh, factorized
+from tersor.methods.factoring import Candidates, Keep, Samples, Technique, factorized
 from tersor.methods.spectra import share, spectrum
+from tersor.methods.targets import Of, Target, Weigh
 from tersor.recipe import Outcome, method
 from tersor.surgery.links import Ranks
 from tersor.surgery.walk import Patterns
@@ -59,8 +60,7 @@ def svd(
     return factorized(
         model,
         task,
-        ("factorize.svd", "low_rank"),
-        candidates,
+        Technique("factorize.svd", "low_rank", candidates, links, follows=True),
         keep=keep,
         of=of,
         weigh=weigh,
@@ -71,11 +71,12 @@ def svd(
 
 def candidates(target: Target) -> Candidates:
     """Every rank of a weight."""
+    lost = spectrum(target.matrix, target.inputs, target.answers).lost.tolist()
+    return Candidates(lost[0], {(rank,): lost[rank] for rank in range(1, len(lost))})
+
+
+def links(target: Target, ranks: Ranks) -> tuple[Sequence[Tensor], float]:
+    """The two layers, and what the singular values cut off are of all."""
     found = spectrum(target.matrix, target.inputs, target.answers)
-    lost = found.lost.tolist()
-
-    def links(ranks: Ranks) -> tuple[Sequence[Tensor], float]:
-        left, right = found.factors(ranks[0])
-        return (right, left), share(lost[ranks[0]], lost[0])
-
-    return Candidates(lost[0], {(r,): lost[r] for r in range(1, len(lost))}, links)
+    left, right = found.factors(ranks[0])
+    return (right, left), share(float(found.lost[ranks[0]]), float(found.lost[0]))

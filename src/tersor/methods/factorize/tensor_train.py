@@ -20,8 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tersor.methods.factoring import Candidates, Keep, Of, Samples, Target, factorized
+from tersor.methods.factoring import Candidates, Keep, Samples, Technique, factorized
 from tersor.methods.spectra import share
+from tersor.methods.targets import Of, Target
 from tersor.recipe import Outcome, method
 from tersor.surgery.links import Ranks, factors_of
 from tersor.surgery.walk import Patterns
@@ -57,8 +58,7 @@ def tensor_train(
     return factorized(
         model,
         task,
-        ("factorize.tensor_train", "tensor_train"),
-        lambda target: candidates(target, cores),
+        Technique("factorize.tensor_train", "tensor_train", lambda t: candidates(t, cores), links),
         keep=keep,
         of=of,
         weigh="none",
@@ -80,14 +80,18 @@ def candidates(target: Target, cores: int) -> Candidates:
         between = tuple(max(1, int((tail > tolerance * energy).sum())) for tail in tails)
         bound = sum(float(tail[rank]) for tail, rank in zip(tails, between, strict=True))
         lost[(*modes[0], *modes[1], *between)] = min(bound, energy)
+    return Candidates(energy, lost)
 
-    def links(ranks: Ranks) -> tuple[Sequence[Tensor], float]:
-        parts = list(decomposed(tensor, ranks[2 * cores :]))
-        missed = float((tensor - contracted(parts)).square().sum())
-        weights = [as_weight(part, *m) for part, *m in zip(parts, *modes, strict=True)]
-        return weights, share(missed, energy)
 
-    return Candidates(energy, lost, links)
+def links(target: Target, ranks: Ranks) -> tuple[Sequence[Tensor], float]:
+    """The cores as weights, and the share of the weight's square that is lost."""
+    count = (len(ranks) + 1) // 3
+    inputs, outputs, between = ranks[:count], ranks[count : 2 * count], ranks[2 * count :]
+    tensor = interleaved(target.matrix, inputs, outputs)
+    parts = list(decomposed(tensor, between))
+    missed = float((tensor - contracted(parts)).square().sum())
+    weights = [as_weight(part, *m) for part, *m in zip(parts, inputs, outputs, strict=True)]
+    return weights, share(missed, float(tensor.square().sum()))
 
 
 def interleaved(matrix: Tensor, inputs: Ranks, outputs: Ranks) -> Tensor:

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tersor.methods.factoring import Candidates, Keep, Of, Samples, Target, Weigh, factorized
+from tersor.methods.factoring import Candidates, Keep, Samples, Technique, factorized
 from tersor.methods.spectra import energy_of, root, share, spectrum
+from tersor.methods.targets import Of, Target, Weigh
 from tersor.recipe import Outcome, method
 from tersor.surgery.links import Ranks, sizes_of
 from tersor.surgery.walk import Patterns
@@ -54,8 +55,7 @@ def tucker(
     return factorized(
         model,
         task,
-        ("factorize.tucker", "tucker"),
-        candidates,
+        Technique("factorize.tucker", "tucker", candidates, links, follows=True),
         keep=keep,
         of=of,
         weigh=weigh,
@@ -66,28 +66,36 @@ def tucker(
 
 def candidates(target: Target) -> Candidates:
     """Pairs of ranks of a kernel; what each loses is that of the higher-order SVD."""
-    shape = sizes_of(target.layer)
-    kernel = target.matrix.reshape(shape[0], shape[1], -1)
-    inputs = None if target.inputs is None else root(channel_moments(target.inputs, shape[1]))
-    outputs = None if target.answers is None else root(target.answers)
-    seen = kernel if inputs is None else torch.einsum("ock,cd->odk", kernel, inputs)
-    seen = seen if outputs is None else torch.einsum("po,ock->pck", outputs, seen)
-    left, right = (singular(seen, side, shape[side]) for side in (0, 1))
+    seen, _ = _seen(target)
+    left, right = (singular(seen, side, seen.shape[side]) for side in (0, 1))
     core = torch.einsum("ock,op,cq->pqk", seen, left, right)
     held = core.square().sum(2).cumsum(0).cumsum(1)
     energy = float(held[-1, -1])
     lost: dict[Ranks, float] = {
         (a, b): energy - float(held[b - 1, a - 1])
-        for a in spread(shape[1], _PER_SIDE)
-        for b in spread(shape[0], _PER_SIDE)
+        for a in spread(seen.shape[1], _PER_SIDE)
+        for b in spread(seen.shape[0], _PER_SIDE)
     }
+    return Candidates(energy, lost)
 
-    def links(ranks: Ranks) -> tuple[Sequence[Tensor], float]:
-        basis = best_basis(seen, ranks)
-        first = basis.T if inputs is None else torch.linalg.solve(inputs, basis).T
-        return refitted(target, first, ranks[1])
 
-    return Candidates(energy, lost, links)
+def links(target: Target, ranks: Ranks) -> tuple[Sequence[Tensor], float]:
+    """The three convolutions, and the share of energy that is lost."""
+    seen, inputs = _seen(target)
+    basis = best_basis(seen, ranks)
+    first = basis.T if inputs is None else torch.linalg.solve(inputs, basis).T
+    return refitted(target, first, ranks[1])
+
+
+def _seen(target: Target) -> tuple[Tensor, Tensor | None]:
+    """(outputs, inputs, places) as its channels see it, and the root of their moments."""
+    outputs, channels, *_ = sizes_of(target.layer)
+    kernel = target.matrix.reshape(outputs, channels, -1)
+    inputs = None if target.inputs is None else root(channel_moments(target.inputs, channels))
+    seen = kernel if inputs is None else torch.einsum("ock,cd->odk", kernel, inputs)
+    if target.answers is not None:
+        seen = torch.einsum("po,ock->pck", root(target.answers), seen)
+    return seen, inputs
 
 
 def channel_moments(moments: Tensor, channels: int) -> Tensor:
