@@ -84,6 +84,57 @@ class Answers:
         return self.task.divergence(lesson[1], outputs).mean()
 
 
+@dataclass
+class Teacher:
+    """Another network's answers, asked for anew each time: a loader may vary its inputs.
+
+    Inputs are those of the training data, whose labels play no part, or else of the calibration
+    data. The loss is the mean divergence, of logits that are divided by the temperature.
+    """
+
+    original: nn.Module
+    task: Task
+    temperature: float = 1.0
+    _count: int = field(default=0, init=False)
+
+    def __len__(self) -> int:
+        """Batches in an epoch; reads the data through once."""
+        self._count = self._count or sum(1 for _ in self._inputs(torch.Generator()))
+        return self._count
+
+    def epoch(self, generator: torch.Generator) -> Iterator[Lesson]:
+        """Every batch once, in another order each time, and the answers to it."""
+        for inputs in self._inputs(generator):
+            with evaluation_mode(self.original):
+                answer = self.task.predict(self.original, inputs)
+            yield inputs, answer
+
+    def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
+        """Mean divergence of the outputs; times the square of the temperature, as its gradient."""
+        wanted = lesson[1]
+        if self.task.kind not in ("classification", "language"):
+            return self.task.divergence(wanted, outputs).mean()
+        t = self.temperature
+        return t * t * self.task.divergence(wanted / t, outputs / t).mean()
+
+    def _inputs(self, generator: torch.Generator) -> Iterator[Inputs]:
+        if self.task.has_train:
+            for inputs, _ in self.task.train(generator):
+                yield inputs
+        else:
+            yield from shuffled(self.task.calibration(), generator)
+
+
+def shuffled(
+    batches: Sequence[Inputs], generator: torch.Generator, rows: int = 32
+) -> Iterator[Inputs]:
+    """Batches of at most `rows` rows, in an order drawn by `generator`."""
+    pieces = [(batch, start) for batch in batches for start in range(0, rows_in(batch), rows)]
+    for place in torch.randperm(len(pieces), generator=generator).tolist():
+        batch, start = pieces[place]
+        yield apply(lambda tensor, at=start: tensor[at : at + rows], batch)  # type: ignore[misc]
+
+
 def answers(
     original: nn.Module, task: Task, inputs: Sequence[Inputs], *, rows: int = 32
 ) -> Answers:
