@@ -29,8 +29,22 @@ PREPARATIONS = {name for name in TABLE if name.startswith("transform.")}
 CHAINS = {name for name in TABLE if name.startswith("factorize.")}
 # What comes before a recovery that is not one from rounding.
 BEFORE = {"recover.polish": {"method": "prune.magnitude", "options": {"sparsity": 0.5}}}
+# What makes the network itself smaller, and may do so again.
+CUTS = {name for name in TABLE if name.startswith("cut.")}
+BLOCKS = [f"blocks.{n}.{layer}" for n in range(2) for layer in ("up", "down")]
 # One that stores something beside the weights, much less than they had before.
 CORRECTIONS = {"recover.lqer"}
+
+
+class Block(nn.Module):
+    """Can be skipped, and its channels can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
 
 
 class Everything(nn.Module):
@@ -43,6 +57,7 @@ class Everything(nn.Module):
         self.norm = nn.BatchNorm1d(16)
         self.lstm = nn.LSTM(16, 16, batch_first=True)
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.blocks = nn.ModuleList([Block(), Block()])
         self.mix = Conv1D(16, 16)
         self.inner = nn.Linear(16, 16)
         self.output = nn.Linear(16, 24, bias=False)
@@ -53,6 +68,8 @@ class Everything(nn.Module):
         x = self.norm(self.conv(x.transpose(1, 2))).transpose(1, 2).relu()
         x = x + self.lstm(x)[0]
         x = x + self.attention(x, x, x, need_weights=False)[0]
+        for block in self.blocks:
+            x = block(x)
         return self.output(self.inner(self.mix(x).relu()).mean(1))
 
 
@@ -107,7 +124,8 @@ def test_every_technique_is_named_by_its_file():
 @every_technique
 def test_options_are_few_have_defaults_and_are_explained(name):
     defaults = defaults_of(TABLE[name])
-    assert len(defaults) <= 6
+    # Which layers is one choice.
+    assert len(defaults.keys() - {"include", "exclude"}) <= 5
     assert inspect.Parameter.empty not in defaults.values()
     json.dumps(defaults)
     for option in defaults:
@@ -167,7 +185,9 @@ def test_a_second_time_changes_nothing_or_is_refused(name, task):
         twice = run(done, [steps(name)[-1]], task, original=net())
     except OptionError:
         return
-    if name in RECOVERIES:
+    if name in CUTS:
+        assert stored_bits(twice) < stored_bits(done)
+    elif name in RECOVERIES:
         # It may go on recovering, but never to a worse place.
         outcomes = [step.outcome for step in twice.recipe.steps if step.method == name]
         assert outcomes[1]["divergence_before"] <= outcomes[0]["divergence_before"]
@@ -178,7 +198,9 @@ def test_a_second_time_changes_nothing_or_is_refused(name, task):
 @every_technique
 def test_it_stores_less_or_is_a_recovery(name, task):
     model = net()
-    if name in RECOVERIES:
+    if name in CUTS:
+        assert stored_bits(run(model, steps(name), task)) < stored_bits(model)
+    elif name in RECOVERIES:
         compressed = stored_bits(run(model, steps(name)[:1]))
         recovered = stored_bits(run(model, steps(name), task))
         if name in CORRECTIONS:
@@ -211,7 +233,10 @@ def test_excluded_layers_are_left_alone(name, task):
     if name in CHAINS:
         chains = {path for path, layer in done.named_modules() if isinstance(layer, Chain)}
         assert chains
-        assert chains <= {"conv", "inner"}
+        assert chains <= {"conv", "inner", *BLOCKS}
+        return
+    if name in CUTS:
+        assert stored_bits(done) < stored_bits(model)
         return
     changed = {site.name for site in walk(done) if site.form is not None}
     assert changed == {
@@ -219,6 +244,7 @@ def test_excluded_layers_are_left_alone(name, task):
         "inner.weight",
         "attention.in_proj_weight",
         "attention.out_proj.weight",
+        *(f"{path}.weight" for path in BLOCKS),
     }
 
 
@@ -246,7 +272,7 @@ def test_unknown_options_and_wrong_types_are_refused(name, task):
 @every_technique
 def test_tied_weights_stay_tied(name, task):
     done = run(net(), steps(name), task)
-    if name in PREPARATIONS | CHAINS:
+    if name in PREPARATIONS | CHAINS | CUTS:
         assert done.output.weight is done.embedding.weight
         return
     assert done.output.weight_form is done.embedding.weight_form

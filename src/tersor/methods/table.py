@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from tersor.methods.cut.channels import channels
+from tersor.methods.cut.depth import depth
 from tersor.methods.factorize.cp import cp
 from tersor.methods.factorize.nmf import nmf
 from tersor.methods.factorize.svd import svd
@@ -46,6 +47,7 @@ from tersor.methods.transform.smooth import smooth
 
 TABLE: dict[str, Callable[..., nn.Module]] = {
     "cut.channels": channels,
+    "cut.depth": depth,
     "factorize.svd": svd,
     "factorize.tucker": tucker,
     "factorize.cp": cp,
