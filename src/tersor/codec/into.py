@@ -15,6 +15,7 @@ from tersor.codec.header import Entry
 from tersor.errors import FileError, ModelError
 from tersor.forms import Form
 from tersor.program.program import split_name
+from tersor.surgery.chain import put_chains
 from tersor.surgery.hold import bake, form_of, hold, release
 from tersor.surgery.skip import skip
 from tersor.surgery.structure import Structure, put_numbers, shrink
@@ -74,6 +75,7 @@ def _restructure(model: nn.Module, structure: Structure, items: Sequence[Item]) 
     try:
         skip(model, structure.skipped)
         put_numbers(model, structure.numbers)
+        put_chains(model, structure.chains)
         if structure.cut:
             shrink(model, {name: tuple(item.shape) for e, item in items for name in e.names})
     except ModelError as error:
