@@ -12,7 +12,17 @@ from torch import nn
 
 from tersor.codec import Http, Ranges, chunks, load, read_header, read_tensor, save, shelf, verify
 from tersor.errors import FileError, OptionError
-from tersor.forms import Affine, Bitmask, BitPlanes, BlockFloat, Codebook, Dense, NofM, Trellis
+from tersor.forms import (
+    Affine,
+    Bitmask,
+    BitPlanes,
+    BlockFloat,
+    Codebook,
+    Dense,
+    NofM,
+    ProductCodebook,
+    Trellis,
+)
 from tersor.surgery import hold
 
 WEIGHT = torch.randn(12, 8, 3, generator=torch.Generator().manual_seed(1))
@@ -24,6 +34,16 @@ def scaled(weight, axis):
     form = Codebook.encode(weight, torch.linspace(-1, 1, 12))
     scale = (torch.arange(weight.shape[axis])[:, None] + 1).bfloat16()
     return Codebook(form.codes, form.values, scale, bits=4, dtype=weight.dtype, axis=axis)
+
+
+def in_pairs(weight, axis):
+    """Codes of five sub-vectors of five inputs; the last of a row is cut short."""
+    outputs = weight.shape[axis]
+    codes = torch.arange(outputs * -(-weight.numel() // outputs // 5)).byte() % 5
+    values = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    return ProductCodebook(
+        codes.reshape(outputs, -1), values, axis=axis, shape=weight.shape, dtype=weight.dtype
+    )
 
 
 FORMS = {
@@ -40,6 +60,8 @@ FORMS = {
     "codebook": lambda w: Codebook.encode(w, torch.linspace(-1, 1, 12)),
     "codebook scales": lambda w: scaled(w, 0),
     "codebook scales axis": lambda w: scaled(w, 1),
+    "product codebook": lambda w: in_pairs(w, 0),
+    "product codebook axis": lambda w: in_pairs(w, 1),
     "dense": lambda w: Dense.encode(w, dtype=torch.bfloat16),
     "dense scales": lambda w: Dense.encode_scaled(w, dtype=torch.float8_e5m2),
     "dense scales axis": lambda w: Dense.encode_scaled(w, dtype=torch.float8_e4m3fn, axis=1),

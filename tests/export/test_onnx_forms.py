@@ -9,7 +9,17 @@ from tersor.export.onnx_forms import as_affine, lower
 from tersor.export.onnx_products import multiply_codes
 from tersor.export.onnx_rows import gather_rows, pack
 from tersor.export.onnx_writer import Writer
-from tersor.forms import Affine, Bitmask, BitPlanes, BlockFloat, Codebook, Dense, NofM, Trellis
+from tersor.forms import (
+    Affine,
+    Bitmask,
+    BitPlanes,
+    BlockFloat,
+    Codebook,
+    Dense,
+    NofM,
+    ProductCodebook,
+    Trellis,
+)
 from tersor.surgery import hold
 
 ir = pytest.importorskip("onnx_ir", reason="needs the extra onnx")
@@ -271,6 +281,22 @@ def test_a_codebook_with_scales_multiplies_what_it_looked_up(shape, axis, dtype)
     assert torch.equal(value, form.dense().float())
     assert writer.stored["w.codes"] == ("UINT4", math.ceil(math.prod(shape) / 2))
     assert writer.stored["w.scale"] == ("BFLOAT16", 2 * shape[axis])
+
+
+@pytest.mark.parametrize(("count", "kind"), [(16, "UINT4"), (200, "UINT8"), (300, "INT16")])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sub_vectors_are_looked_up_and_put_side_by_side(shape, axis, count, kind):
+    inputs = math.prod(shape) // shape[axis]
+    for length in {1, min(4, inputs), inputs}:
+        codes = torch.arange(shape[axis] * math.ceil(inputs / length)).reshape(shape[axis], -1)
+        codes = (codes * 7 % count).to(torch.uint8 if count <= 256 else torch.int16)
+        values = torch.randn(count, length, generator=torch.Generator().manual_seed(0))
+        form = ProductCodebook(codes, values, axis=axis, shape=shape, dtype=torch.float32)
+        value, writer = lowered(form)
+        assert torch.equal(value, form.dense())
+        assert writer.stored["w.codes"][0] == kind
+        assert writer.stored["w.values"] == ("FLOAT", 4 * count * length)
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (5, 3, 3, 3), (1, 9)])

@@ -25,6 +25,7 @@ _BY_ROW = {
     "block_float": ("codes", "scale"),
     "trellis": ("codes", "step"),
     "codebook": ("codes", "scale"),
+    "product_codebook": ("codes",),
     "dense": ("stored", "scale"),
 }
 """Parts of forms that have something for each output channel."""

@@ -22,6 +22,7 @@ from tersor.forms import (
     Dense,
     Form,
     NofM,
+    ProductCodebook,
     Residual,
     Trellis,
 )
@@ -73,6 +74,18 @@ def _codebook(form: Codebook, writer: Writer, role: str, bits: int | None) -> An
         scale = writer.store(f"{role}scale", form.along(form.scale.detach()))
         weight = writer.op("Mul", weight, writer.cast(scale, torch.float32))
     return weight if table == form.dtype else writer.cast(weight, form.dtype)
+
+
+def _product_codebook(form: ProductCodebook, writer: Writer, role: str, bits: int | None) -> Any:
+    """Sub-vectors looked up, and put side by side; the last of a row cut short."""
+    values = writer.cast(part(form, "values", writer, role), form.dtype)
+    places = writer.cast(part(form, "codes", writer, role), torch.int32)
+    matrix = writer.reshape(writer.op("Gather", values, places, axis=0), len(form.codes), -1)
+    inputs = torch.Size(form.shape).numel() // len(form.codes)
+    if form.codes.shape[1] * form.values.shape[1] > inputs:
+        ends = (writer.numbers(0), writer.numbers(inputs), writer.numbers(1))
+        matrix = writer.op("Slice", matrix, *ends)
+    return _as_weight(matrix, form, writer)
 
 
 def _bitmask(form: Bitmask, writer: Writer, role: str, bits: int | None) -> Any:
@@ -255,7 +268,9 @@ def sparse_codes(form: Affine, writer: Writer) -> bool:
 
 
 def _as_weight(
-    matrix: Any, form: Affine | BitPlanes | BlockFloat | NofM | Residual | Trellis, writer: Writer
+    matrix: Any,
+    form: Affine | BitPlanes | BlockFloat | NofM | ProductCodebook | Residual | Trellis,
+    writer: Writer,
 ) -> Any:
     """(outputs, inputs) in the weight's shape, as `unrows` does."""
     if form.axis is None:
@@ -296,6 +311,7 @@ LOWERINGS: dict[str, Callable[[Any, Writer, str, int | None], Any]] = {
     Codebook.kind: _codebook,
     Dense.kind: _dense,
     NofM.kind: _nofm,
+    ProductCodebook.kind: _product_codebook,
     Residual.kind: _residual,
     Trellis.kind: _trellis,
 }

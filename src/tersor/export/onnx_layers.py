@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from tersor.export.onnx_graph import Weight
-from tersor.forms import Affine, Bitmask, BitPlanes, BlockFloat, Codebook, Dense, NofM, Trellis
+from tersor.forms import (
+    Affine,
+    Bitmask,
+    BitPlanes,
+    BlockFloat,
+    Codebook,
+    Dense,
+    NofM,
+    ProductCodebook,
+    Trellis,
+)
 from tersor.surgery.walk import walk
 
 # ONNX calls the other types as torch does.
@@ -67,6 +77,9 @@ def _stored(weight: Weight) -> str:
             return f"{form.format} codes as {kinds.get('codes', 'integer')}, and a table"
         case Codebook():
             return f"{kinds.get('codes', 'integer')} indices of {form.values.numel()} values"
+        case ProductCodebook():
+            count, length = form.values.shape
+            return f"{kinds.get('codes', 'integer')} indices of {count} times {length} values"
         case Bitmask():
             return f"a mask, and {kinds.get('values', 'integer')} where it is set"
         case NofM():

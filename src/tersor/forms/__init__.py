@@ -10,6 +10,7 @@ from tersor.forms.dense import Dense
 from tersor.forms.fake_affine import FakeAffine
 from tersor.forms.form import Form
 from tersor.forms.nofm import NofM
+from tersor.forms.product_codebook import ProductCodebook
 from tersor.forms.residual import Residual
 from tersor.forms.rotated import Rotated
 from tersor.forms.trellis import Trellis
@@ -22,6 +23,7 @@ KINDS: dict[str, type[Form]] = {
         BitPlanes,
         BlockFloat,
         Codebook,
+        ProductCodebook,
         Bitmask,
         NofM,
         Trellis,
@@ -43,6 +45,7 @@ __all__ = [
     "FakeAffine",
     "Form",
     "NofM",
+    "ProductCodebook",
     "Residual",
     "Rotated",
     "Trellis",
