@@ -5,12 +5,16 @@ import torch
 from torch import nn
 
 from surgery.nets import NETS, make
+from tersor.codec import load, save
 from tersor.errors import OptionError
-from tersor.forms import Bitmask, Dense
+from tersor.forms import Bitmask, Dense, NofM
+from tersor.forms.form import rows
 from tersor.methods.masks import largest
 from tersor.methods.prune.magnitude import magnitude
+from tersor.methods.quantize.gptq import gptq
 from tersor.methods.quantize.rtn import rtn
 from tersor.surgery import walk
+from tersor.task import classification
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -125,3 +129,80 @@ def test_half_precision_and_dense_forms_can_be_pruned():
         site.hold(Dense.encode(site.weight, dtype=torch.bfloat16))
     magnitude(net, sparsity=0.5)
     assert int((net[0].weight == 0).sum() + (net[2].weight == 0).sum()) == 36
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 2), (1, 4)])
+def test_n_of_every_m_neighbours_stay_and_they_are_the_largest(name, n, m):
+    net, _ = make(name)
+    before = {site.name: rows(site.weight, site.axis).clone() for site in walk(net)}
+    fits = {name for name, matrix in before.items() if matrix.shape[1] % m == 0}
+    if not fits:
+        with pytest.raises(OptionError, match=f"'{n}:{m}' fits none of the"):
+            magnitude(net, sparsity=f"{n}:{m}")
+        return
+    magnitude(net, sparsity=f"{n}:{m}")
+    for site in walk(net):
+        after = rows(site.weight, site.axis)
+        if site.name not in fits:
+            assert torch.equal(after, before[site.name])
+            continue
+        assert isinstance(site.form, NofM)
+        assert (site.form.n, site.form.m) == (n, m)
+        groups, found = (w.reshape(-1, m) for w in (before[site.name], after))
+        assert ((found != 0).sum(1) == n).all()
+        assert torch.equal(found.abs().topk(n).values, groups.abs().topk(n).values)
+        assert torch.equal(found[found != 0], groups[found != 0])
+    left = net.recipe.steps[-1].outcome.get("left", {})
+    assert left.keys() == before.keys() - fits
+    assert all(reason.startswith(f"{m} does not divide its ") for reason in left.values())
+
+
+def test_one_pattern_worked_by_hand():
+    # Of 1 -4 | 3 3 one stays each; of equal ones the first goes.
+    layer = nn.Linear(4, 1)
+    layer.weight.data = torch.tensor([[1.0, -4.0, 3.0, 3.0]])
+    magnitude(layer, sparsity="1:2")
+    assert layer.weight.tolist() == [[0.0, -4.0, 0.0, 3.0]]
+
+
+@pytest.mark.parametrize("sparsity", ["4:4", "3:2", "2:300"])
+def test_a_pattern_that_removes_nothing_or_is_too_long_is_refused(sparsity):
+    with pytest.raises(OptionError, match=f"sparsity='{sparsity}' keeps .* n < m <= 256 must hold"):
+        magnitude(nn.Linear(8, 8), sparsity=sparsity)
+
+
+@pytest.mark.parametrize("sparsity", ["2-4", "0:4", "half", "2:4:8", 1.0, 0])
+def test_what_is_neither_a_fraction_nor_a_pattern_is_refused(sparsity):
+    with pytest.raises(OptionError, match=r"prune\.magnitude: sparsity="):
+        magnitude(nn.Linear(8, 8), sparsity=sparsity)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "4:8", 0.5])
+def test_the_written_file_is_smaller_and_gives_the_zeros_back(tmp_path, sparsity):
+    def written(net, name):
+        return save(net, tmp_path / name, graph=False).stat().st_size
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+    dense = written(net, "dense.tersor")
+    pruned = magnitude(net, sparsity=sparsity)
+    small = written(pruned, "pruned.tersor")
+    # Half of the values, and at most 2 bits each that say where they are.
+    assert small < (0.5 + 2 / 32 + 0.02) * dense
+    twin = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
+    assert torch.equal(load(tmp_path / "pruned.tersor", into=twin)[0].weight, pruned[0].weight)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_gptq_keeps_the_zeros_and_the_pattern(bits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    magnitude(net, sparsity="2:4")
+    zeros = [net[i].weight == 0 for i in (0, 2)]
+    gptq(net, classification(calibration=torch.randn(256, 32)), bits=bits)
+    for layer, zero in zip((net[0], net[2]), zeros, strict=True):
+        assert (layer.weight[zero] == 0).all()
+        codes = layer.weight_form.codes_form
+        assert isinstance(codes, NofM)
+        assert (codes.n, codes.m) == (2, 4)

@@ -39,7 +39,7 @@ _AT_ONCE = 2**25
 """Elements of the inverses of rows that are dealt with together."""
 _BLOCK = 32
 """Updates of the inverses that are applied together."""
-_PROBED = 128
+_PROBED = 256
 """Calibration inputs on which each layer is pruned alone."""
 _MOST = 1e9
 """Stands for an infinite divergence."""

@@ -76,8 +76,8 @@ def fed_forward(problem: Problem, goal: Wanted) -> Tensor:
     size = goal.m if isinstance(goal, Pattern) else _BLOCK
     for stop in range(len(target), 0, -size):
         start = max(0, stop - size)
-        # What removing a weight costs, with all columns behind it as they are now.
-        scores = left[start:stop].square() * pivots[start:stop, None]
+        now = _best(target[start:stop], left[start:stop], lower[start:stop, start:stop])
+        scores = now.square() * pivots[start:stop, None]
         scores.masked_fill_(zeros[start:stop], -torch.inf)
         if isinstance(goal, Pattern):
             keep = n_of_m(scores.T, goal).T
@@ -92,6 +92,16 @@ def fed_forward(problem: Problem, goal: Wanted) -> Tensor:
             left[start:at].addr_(lower[at, start:at], errors[at - start])
         left[:start].addmm_(lower[start:stop, :start].T, errors)
     return found[order.argsort()].T
+
+
+def _best(target: Tensor, left: Tensor, lower: Tensor) -> Tensor:
+    """What the columns of a block would be if no more were removed.
+
+    left: what each would be if those of the block dealt with before it were as in the target; they
+        are not, so their differences are fed forward as well
+    """
+    solve = torch.linalg.solve_triangular
+    return target - solve(lower.T, target - left, upper=True, unitriangular=True)
 
 
 def _ordered(metric: Metric, goal: Wanted) -> tuple[Tensor, Tensor, Tensor]:
