@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.measure.latency import time_call
 from tersor.surgery.chain import chain_for
@@ -36,7 +36,7 @@ class Clock:
         calls: shapes of what it takes and gives; ranks: those that will be asked for
         """
         if self.of == "bytes":
-            size = layer.get_parameter("weight").element_size()
+            size = cast("Tensor", layer.weight).element_size()
             return lambda each: float(size * self.numbers(layer, each))
         counts = {each: self._macs(layer, calls, each) for each in [(), *ranks]}
         if self.of == "macs":
