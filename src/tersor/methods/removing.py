@@ -45,7 +45,7 @@ class Removable:
 def removable(
     model: nn.Module, coupling: Coupling, include: Patterns, exclude: Patterns
 ) -> tuple[list[Removable], dict[str, str]]:
-    """The groups to choose from, and why other weights keep their sizes.
+    """The groups to choose from, and why other weights keep as many outputs as they have.
 
     A group is chosen by the weights that write it, and left where any of its weights is excluded.
     Raises OptionError where none is left.
@@ -54,7 +54,11 @@ def removable(
     chosen = {site.name for site in walk(model, include)}
     left_out = {site.name for site in walk(model)} - {s.name for s in walk(model, None, exclude)}
     found: list[Removable] = []
-    left = {name: reason for (name, _), reason in coupling.left.items() if name in named}
+    left = {
+        name: reason
+        for (name, dim), reason in coupling.left.items()
+        if name in named and dim == named[name].axis
+    }
     for group in coupling.groups:
         writers, readers = _ends(group, named)
         sites = {end.site.name for end in (*writers, *readers)}
@@ -67,14 +71,14 @@ def removable(
             left[name] = "it was not chosen"
         else:
             found.append(Removable(name, group, writers, readers))
-            left.pop(name, None)
     if not found:
         some = "; ".join(f'"{name}": {why}' for name, why in list(left.items())[:3])
         raise OptionError(
             f"{type(model).__name__} has nothing that can be cut ({some}); exclude less, or leave "
             "this step out"
         )
-    return found, left
+    written = {end.site.name for units in found for end in units.writers}
+    return found, {name: reason for name, reason in left.items() if name not in written}
 
 
 def _by_tensor(model: nn.Module) -> dict[str, Site]:
