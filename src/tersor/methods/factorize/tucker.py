@@ -75,6 +75,8 @@ def candidates(target: Target) -> Candidates:
         (a, b): energy - float(held[b - 1, a - 1])
         for a in spread(seen.shape[1], _PER_SIDE)
         for b in spread(seen.shape[0], _PER_SIDE)
+        # A core has no more channels on one side than the other has in all places.
+        if b <= a * seen.shape[2] and a <= b * seen.shape[2]
     }
     return Candidates(energy, lost)
 
