@@ -1,4 +1,4 @@
-"""The order of a recipe: cut, factorize, transform, sparsify, quantize or share; then recover.
+"""The order of a recipe: cut or tie, factorize, transform, sparsify, quantize or share; recover.
 
 Each step keeps what the steps before it made. In another order a later step would undo them.
 """
@@ -7,8 +7,17 @@ from collections.abc import Sequence
 
 from tersor.errors import OptionError
 
-_RANK = {"cut": 0, "factorize": 1, "transform": 2, "prune": 3, "quantize": 4, "share": 4}
+_RANK = {
+    "cut": 0,
+    "share.layers": 0,
+    "factorize": 1,
+    "transform": 2,
+    "prune": 3,
+    "quantize": 4,
+    "share": 4,
+}
 _WHY = {
+    "share.layers": "it compares plain weights, and those of two forms are not told apart",
     "cut": "cutting channels changes the shapes that other forms were fitted to",
     "factorize": "factors of a weight have neither its zeros nor its codes",
     "transform": "it moves factors between weights, and what forms hold stays as it is",
@@ -30,12 +39,18 @@ def check_order(before: Sequence[str], new: Sequence[str]) -> None:
                 f"{where}: nothing has been compressed yet, so there is nothing to recover; "
                 "move it behind the first compressing step"
             )
-        rank = _RANK.get(family, -1)
-        later = [other for other in done if _RANK.get(other.partition(".")[0], -1) > rank]
-        if family in _RANK and later:
+        rank = _rank(name)
+        later = [other for other in done if _rank(other) > rank]
+        if rank >= 0 and later:
+            why = _WHY[name if name in _WHY else family]
             raise OptionError(
-                f"{where}: cannot follow {later[0]}, because {_WHY[family]}; "
+                f"{where}: cannot follow {later[0]}, because {why}; "
                 f"move it before {later[0]}"
                 + ("" if later[0] in new else ", which this model has been through already")
             )
         done.append(name)
+
+
+def _rank(name: str) -> int:
+    """Of a technique, or else of its family; -1 for one that may stand anywhere."""
+    return _RANK.get(name, _RANK.get(name.partition(".")[0], -1))

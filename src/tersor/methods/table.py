@@ -39,6 +39,7 @@ from tersor.methods.recover.lqer import lqer
 from tersor.methods.recover.polish import polish
 from tersor.methods.recover.scales import scales
 from tersor.methods.share.kmeans import kmeans
+from tersor.methods.share.layers import layers
 from tersor.methods.share.product import product
 from tersor.methods.transform.equalize import equalize
 from tersor.methods.transform.permute import permute
@@ -48,6 +49,7 @@ from tersor.methods.transform.smooth import smooth
 TABLE: dict[str, Callable[..., nn.Module]] = {
     "cut.channels": channels,
     "cut.depth": depth,
+    "share.layers": layers,
     "factorize.svd": svd,
     "factorize.tucker": tucker,
     "factorize.cp": cp,
