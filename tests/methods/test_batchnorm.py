@@ -182,8 +182,18 @@ def test_a_call_without_what_it_needs_is_refused():
         batchnorm(copy.deepcopy(net), original=net)
     with pytest.raises(OptionError, match="original=network"):
         batchnorm(copy.deepcopy(net), task())
-    with pytest.raises(OptionError, match=r"'norms.0' has 4 channels .* and no such layer"):
+    with pytest.raises(OptionError, match=r"'norms.0' has 4 channels, and no such layer"):
         batchnorm(copy.deepcopy(net), task(), original=nn.Linear(2, 2))
+
+
+def test_norms_that_lost_channels_are_left_and_listed():
+    net = deep()
+    compressed = rtn(copy.deepcopy(net), bits=3)
+    compressed.norms[0] = nn.BatchNorm2d(2)
+    compressed.norms[0].forward = net.norms[0].forward
+    outcome = batchnorm(compressed, task(), original=net).recipe.steps[-1].outcome
+    assert outcome["left"] == {"norms.0": "2 channels, and 4 channels in the original"}
+    assert outcome["layers"] == 3
 
 
 def test_a_network_rebuilt_from_a_file_is_refused(tmp_path):

@@ -43,24 +43,24 @@ def batchnorm(
     samples: unlabelled calibration inputs to use, at most
 
     The correction stays only if it brings the outputs for held-out inputs closer to the original's;
-    the step's outcome says whether, with the divergence before and after. Raises OptionError for a
-    network without batch norms, TaskError without data.
+    the step's outcome says whether, with the divergence before and after, and which norms were left
+    because they lost channels: `cut.channels` corrects them itself. Raises OptionError for a
+    network without batch norms that fit, TaskError without data.
     """
     task, held_out = held_out_of("recover.batchnorm", task, samples)
     original = original_of("recover.batchnorm", original)
-    norms = norms_of(model)
-    _check_pairs(norms, norms_of(original), model)
+    norms, left = _pairs(norms_of(model), norms_of(original), model)
     batches = task.calibration(samples)
     before = Original(
         channels(original, task, batches), reference_outputs(original, task, held_out)
     )
     done = correct(model, task, batches, held_out, before, shifted, norms)
     outcome = {"kept": done.kept, "divergence_before": done.before, "divergence_after": done.after}
-    return model, {**outcome, "layers": len(norms)}
+    return model, {**outcome, "layers": len(norms), "left": left}
 
 
-def _check_pairs(norms: Norms, targets: Norms, model: nn.Module) -> None:
-    """Raises unless both networks have the same batch norms, and at least one."""
+def _pairs(norms: Norms, targets: Norms, model: nn.Module) -> tuple[Norms, dict[str, str]]:
+    """The batch norms that both networks have, and why others are left. Raises without any."""
     if not norms and any(kind_of(module).startswith("BatchNorm") for module in model.modules()):
         raise ModelError(
             f"the batch norms of {type(model).__name__} cannot be watched, because it was rebuilt "
@@ -71,11 +71,16 @@ def _check_pairs(norms: Norms, targets: Norms, model: nn.Module) -> None:
             f"{type(model).__name__} has no batch norm with running statistics, so "
             "recover.batchnorm has nothing to correct; leave this step out"
         )
+    left = {}
     for name, norm in norms.items():
         other = targets.get(name)
         if other is None or other.num_features != norm.num_features:
             found = "no such layer" if other is None else f"{other.num_features} channels"
-            raise OptionError(
-                f"original: {name!r} has {norm.num_features} channels in the compressed network "
-                f"and {found} in the original; pass the network that was compressed"
-            )
+            left[name] = f"{norm.num_features} channels, and {found} in the original"
+    if len(left) == len(norms):
+        name, reason = next(iter(left.items()))
+        raise OptionError(
+            f"original: {name!r} has {reason}, and no other batch norm fits; pass the network that "
+            "was compressed"
+        )
+    return {name: norm for name, norm in norms.items() if name not in left}, left
