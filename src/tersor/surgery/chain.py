@@ -136,7 +136,11 @@ def chain_for(layer: nn.Module, made_by: str, ranks: Sequence[int]) -> Chain:
         turned=kind_of(layer) == "Conv1D",
         settings=settings,
     )
-    chain.to(weight.dtype).to_empty(device=weight.device).requires_grad_(weight.requires_grad)
+    for link in chain.modules():
+        own = link._parameters.get("weight")
+        if own is not None:
+            empty = torch.empty(own.shape, dtype=weight.dtype, device=weight.device)
+            link.register_parameter("weight", nn.Parameter(empty, weight.requires_grad))
     bias = cast("Tensor | None", layer.bias)
     if bias is not None and not isinstance(bias, nn.Parameter):
         bias = nn.Parameter(bias.detach().clone())
