@@ -1,9 +1,9 @@
 """CP: a convolution becomes 1 x 1, a kernel along each dimension of each channel, and 1 x 1 again.
 
-The fewest multiply-accumulates of its family for large kernels: those along dimensions are nearly
-free, and what is left is two layers of kernel 1. It assumes more of a kernel than
-`factorize.tucker` does and loses more at equal bytes where kernels are 3 x 3; without training
-after it, few networks bear it in all layers.
+For kernels over several places, with data: what lies along dimensions is nearly free, and what is
+left are two layers of kernel 1. On the ResNets it keeps most of its family at equal bytes and
+multiply-accumulates. Kernels of each channel alone are slow on many machines, where
+`factorize.tucker` may be the quicker one.
 
 Source: Lebedev et al. 2015, arXiv:1412.6553, section 3; Kolda, Bader 2009, "Tensor decompositions
 and applications", SIAM Review 51(3), figure 3.3, for alternating least squares.

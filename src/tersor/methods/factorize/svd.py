@@ -1,17 +1,16 @@
 """Low rank by singular values: a layer becomes two thin ones, cut where outputs lose least.
 
-The first choice of its family, for linear layers and convolutions alike: it computes less on any
-machine, and what it loses is known exactly before it is done. Networks of wide layers, trained with
-room to spare, give half their bytes away; narrow ones lose more than by 4 bits of `quantize.gptq`,
-which it composes with. For kernels of many channels see `factorize.tucker`; to correct codes by
-few ranks, `recover.lqer`.
+The first of its family for linear layers: it computes less on any machine, and what it loses is
+known exactly before it is done. For kernels over several places `factorize.cp` and
+`factorize.tucker` keep more. For bytes alone, 4 bits of `quantize.gptq` lose less than half of the
+ranks do; its links may be quantized afterwards. To correct codes by few ranks, `recover.lqer`.
 
 Source: Wang et al. 2024 (SVD-LLM), arXiv:2403.07378, section 3.1, and 2025 (V2), arXiv:2503.12340,
 algorithm 1; Hsu et al. 2022 (FWSVD), arXiv:2207.00112, eq. 6, for `weigh="fisher"`; Denton et al.
 2014, arXiv:1404.0736, for convolutions.
 Differs from the papers: ranks are chosen for all layers at once, by what errors of each do to the
-network's answers; Fisher information is that of outputs beside the moments of inputs, with their
-correlations, where FWSVD has one number for each row.
+network's answers, and each layer is fitted to what those before it give; Fisher information is
+that of outputs beside the moments of inputs, where FWSVD has one number for each row.
 """
 
 from __future__ import annotations

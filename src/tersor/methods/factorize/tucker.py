@@ -1,8 +1,8 @@
 """Tucker-2: a convolution becomes 1 x 1, its kernel between fewer channels, and 1 x 1 again.
 
-For kernels over several places between many channels, where both sides of the kernel can shrink;
-at equal bytes it may keep more than `factorize.svd`, which leaves the inputs as they are, and it
-needs one more layer, which costs time where channels are few.
+For kernels over several places between many channels, where both sides of the kernel can shrink:
+it keeps more than `factorize.svd`, which leaves the inputs as they are. `factorize.cp` may keep yet
+more, in layers that are slower to compute.
 
 Source: Kim et al. 2016, arXiv:1511.06530, section 3.1 and eq. 4; De Lathauwer et al. 2000, "On the
 best rank-1 and rank-(R1, R2, ..., RN) approximation of higher-order tensors", algorithm 4.2 (HOOI).
