@@ -23,6 +23,7 @@ from tersor.forms import (
     Codebook,
     Dense,
     NofM,
+    ProductCodebook,
     Residual,
     Rotated,
     Trellis,
@@ -84,7 +85,7 @@ class Types(nn.Module):
 
 def forms() -> nn.Module:
     """One layer in each form, some inside others."""
-    net = network(*(nn.Linear(8, 8) for _ in range(12)))
+    net = network(*(nn.Linear(8, 8) for _ in range(14)))
     some = net[0].weight.detach().relu()
     pairs = net[1].weight.detach() * (torch.arange(8) % 4 < 2)
     codes = Affine.encode(some, bits=4)
@@ -100,6 +101,13 @@ def forms() -> nn.Module:
     hold(net[8], "weight", corrected(net[8].weight.detach()))
     hold(net[10], "weight", turned(net[10].weight.detach()))
     hold(net[11], "weight", Dense.encode_scaled(net[11].weight, dtype=torch.float8_e4m3fn))
+    codes = (torch.arange(24) % 5).reshape(8, 3).to(torch.uint8)
+    table = ProductCodebook(codes, values(5, 3), axis=0, shape=(8, 8), dtype=torch.float32)
+    hold(net[12], "weight", table)
+    indices = (torch.arange(64) % 4).reshape(8, 8).to(torch.uint8)
+    scale = (values(8, 1).abs() + 0.1).bfloat16()
+    scaled = Codebook(indices, values(4), scale, bits=2, dtype=torch.float32, axis=0)
+    hold(net[13], "weight", scaled)
     return net
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from attacks.forge import Pieces
 from tersor.codec import load, save
 from tersor.errors import FileError
-from tersor.forms import Affine, Bitmask, Codebook, NofM
+from tersor.forms import Affine, Bitmask, Codebook, NofM, ProductCodebook
 from tersor.surgery import hold
 
 VALUES = [None, True, -1, 0, 1, 2, 3, 8, 2**31, 2**63, 0.5, 1e300, "", "x", "0.weight", "float16"]
@@ -21,13 +21,20 @@ VALUES += ["codes", "nofm", [], [0], [4, 4], [[]], {}, {"bits": 4}, "codebook", 
 def path(tmp_path_factory):
     """Every kind of part, and forms inside forms."""
     torch.manual_seed(1)
-    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).eval()
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))).eval()
     sparse = torch.randn(8, 8) * torch.tensor([1.0, 0.0, 0.0, 1.0] * 2)
     codes = Affine.encode(sparse, bits=4)
     hold(net[0], "weight", hold(codes, "codes", Bitmask.encode(codes.codes)))
     hold(net[1], "weight", NofM.encode(sparse, n=2, m=4))
     hold(net[2], "weight", Codebook.encode(sparse, torch.linspace(-1, 1, 7)))
     hold(net[3], "weight", Affine.encode(sparse, bits=2, group_size=3, symmetric=False))
+    codes = (torch.arange(24) % 5).reshape(8, 3).to(torch.uint8)
+    table = torch.rand(5, 3)
+    product = ProductCodebook(codes, table, axis=0, shape=(8, 8), dtype=torch.float32)
+    hold(net[4], "weight", product)
+    plain, scale = Codebook.encode(sparse, torch.linspace(-1, 1, 7)), torch.ones(8, 1).bfloat16()
+    scaled = Codebook(plain.codes, plain.values, scale, bits=3, dtype=torch.float32, axis=0)
+    hold(net[5], "weight", scaled)
     return save(net, tmp_path_factory.mktemp("file") / "net.tersor", example=torch.rand(2, 8))
 
 
