@@ -100,8 +100,10 @@ def _best(target: Tensor, left: Tensor, lower: Tensor) -> Tensor:
     left: what each would be if those of the block dealt with before it were as in the target; they
         are not, so their differences are fed forward as well
     """
-    solve = torch.linalg.solve_triangular
-    return target - solve(lower.T, target - left, upper=True, unitriangular=True)
+    owed: Tensor = torch.linalg.solve_triangular(
+        lower.T, target - left, upper=True, unitriangular=True
+    )
+    return target - owed
 
 
 def _ordered(metric: Metric, goal: Wanted) -> tuple[Tensor, Tensor, Tensor]:
