@@ -76,7 +76,7 @@ RECIPES: dict[str, Steps] = {
     },
     **{
         f"kmeans {k} values, {start}": [
-            {"method": "share.kmeans", "options": {"values": k, "start": start}}
+            {"method": "share.kmeans", "options": {"values": k, "start": start, "samples": 0}}
         ]
         for k in (64, 16, 8)
         for start in ("linear", "density")

@@ -182,6 +182,16 @@ def test_channels_of_any_size_and_dead_ones_are_kept_apart():
     assert layer.weight[3].abs().max() < 1e-30
 
 
+def test_no_samples_are_as_no_task():
+    task = task_for("conv")
+    blind, unasked = (
+        kmeans(make("conv")[0], given, samples=samples) for given, samples in ((None, 9), (task, 0))
+    )
+    for one, other in zip(walk(blind), walk(unasked), strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert other.form.scale is None
+
+
 def test_a_random_start_follows_its_seed():
     def shared(seed):
         net, _ = make("linear")

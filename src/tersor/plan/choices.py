@@ -40,7 +40,7 @@ LADDER = (
     KEEP,
     *(_rtn(bits) for bits in (8, 7, 6, 5, 4, 3, 2)),
     *(_rtn(bits, 64) for bits in (4, 3, 2)),
-    Choice("16 shared values", (Step("share.kmeans", {"values": 16}),)),
+    Choice("16 shared values", (Step("share.kmeans", {"values": 16, "samples": 0}),)),
     Choice(
         "half pruned, int5",
         (

@@ -42,7 +42,6 @@ from tersor.task import Task
 Search = Callable[..., Values]
 """`clusters` with its start, thrift and generator."""
 
-_SAMPLES = 512
 # Rounds of fitting scales and values and going over the codes.
 _ROUNDS = 2
 
@@ -55,37 +54,39 @@ def kmeans(
     values: Annotated[int, Field(ge=2, le=256)] = 16,
     start: Start = "linear",
     thrift: Annotated[float, Field(ge=0, le=16)] = 0.0,
+    samples: Annotated[int, Field(ge=0)] = 512,
     generator: torch.Generator | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> nn.Module:
     """Gives every weight of two or more dimensions a codebook of its own, in place.
 
-    task: calibration inputs to choose by, at most 512; without a task the weights alone decide
     values: size of the codebook, 2 to 256; ceil(log2(values)) bits per weight
     start: where the search for the values begins: "linear" spaces them evenly from the smallest to
         the largest weight, which keeps large ones; "density" gives each the same number of weights;
         "random" draws weights; "best" is where the squared error is least, by dynamic programming
     thrift: how much error may be taken on to save a bit of the coded file, 0 to 16; 0 takes the
         least error, 1 stops where a bit saves as much error as with many values
+    samples: calibration inputs to choose by, at most; with 0, or without a task, the weights alone
+        decide
     generator: draws the random start
     include, exclude: patterns on names and types, see `walk`
 
-    A weight with no more distinct values than `values` is stored exactly where there is no task.
-    Raises OptionError for a weight that is quantized already, where there is one.
+    Where the weights alone decide, one with no more distinct values than `values` is stored
+    exactly. Where inputs do, a weight that is quantized already raises OptionError.
     """
     sites = walk(model, include, exclude)
     search = partial(clusters, start=start, thrift=thrift, generator=generator)
-    if task is None:
+    if task is None or not samples:
         for site in sites:
             site.hold(encode(site, values, search))
         return model
-    energies = gradients(model, task, sites, samples=_SAMPLES)
+    energies = gradients(model, task, sites, samples=samples)
 
     def share(layer: Layer) -> Codebook:
         return calibrated(layer, values, search, energies.get(layer.site.name))
 
-    layerwise(model, task, sites, share, samples=_SAMPLES)
+    layerwise(model, task, sites, share, samples=samples)
     return model
 
 
