@@ -13,14 +13,14 @@ from tersor.errors import BudgetError, OptionError, TaskError
 from tersor.forms.form import rows
 from tersor.measure import macs
 from tersor.methods import run
-from tersor.methods.criteria import CRITERIA
 from tersor.methods.cut.channels import channels
-from tersor.methods.evidence import Evidence
-from tersor.methods.merging import fitted, merge
-from tersor.methods.prices import prices
+from tersor.methods.cut.criteria import CRITERIA
+from tersor.methods.cut.evidence import Evidence
+from tersor.methods.cut.merging import fitted, merge
+from tersor.methods.cut.prices import prices
+from tersor.methods.cut.ranking import Ranking, chosen
+from tersor.methods.cut.removing import Costs, Removable, removable
 from tersor.methods.quantize.rtn import rtn
-from tersor.methods.ranking import Ranking, chosen
-from tersor.methods.removing import Costs, Removable, removable
 from tersor.surgery.coupling import couple
 from tersor.surgery.cut import cut
 from tersor.task import Task, classification
@@ -121,6 +121,15 @@ def test_it_counts_what_it_is_asked_to_count(of, task):
     assert outcome["after"] <= 0.6 * outcome["before"]
     if of == "bytes":
         assert before == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_where_milliseconds_count_units_go_by_eights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+    task = classification(calibration=torch.randn(64, 64), holdout=torch.randn(8, 64))
+    channels(model, task, keep=0.6, of="latency")
+    assert model[0].out_features < 256
+    assert model[0].out_features % 8 == 0
 
 
 def test_a_unit_that_repeats_another_goes_and_nothing_is_lost(task):
@@ -260,12 +269,12 @@ def test_the_least_harm_for_what_is_saved_goes_first():
     # 8 + 16 + 24 multiply-adds; a unit of the first saves 2 + 4 and one of the second 4 + 6.
     # Harms by saving: 1/6 for the first; then 4/6 or 3/9, 3/9 and so on, as the middle shrinks.
     assert costs().total == 48
-    assert chosen(groups, rankings, costs(), 42, by_saving=True) == [[3], []]
-    assert chosen(groups, rankings, costs(), 41, by_saving=True) == [[3], [0]]
-    assert chosen(groups, rankings, costs(), 20, by_saving=True) == [[3], [0, 1, 2]]
-    assert chosen(groups, rankings, costs(), 41, by_saving=False) == [[3], [0]]
+    assert chosen(groups, rankings, costs(), 42, steps=[1, 1], by_saving=True) == [[3], []]
+    assert chosen(groups, rankings, costs(), 41, steps=[1, 1], by_saving=True) == [[3], [0]]
+    assert chosen(groups, rankings, costs(), 20, steps=[1, 1], by_saving=True) == [[3], [0, 1, 2]]
+    assert chosen(groups, rankings, costs(), 41, steps=[1, 1], by_saving=False) == [[3], [0]]
     with pytest.raises(BudgetError):
-        chosen(groups, rankings, costs(), 2, by_saving=True)
+        chosen(groups, rankings, costs(), 2, steps=[1, 1], by_saving=True)
 
 
 @pytest.mark.parametrize("name", ["squeeze", "inception", "unet", "mobilenet v2", "resnet"])

@@ -26,13 +26,13 @@ from tersor.errors import BudgetError, OptionError, TaskError
 from tersor.measure import reference_outputs
 from tersor.measure.channels import channels as seen_by_norms
 from tersor.measure.channels import norms_of
-from tersor.methods import merging
-from tersor.methods.criteria import CRITERIA
-from tersor.methods.evidence import Evidence
+from tersor.methods.cut import merging
+from tersor.methods.cut.criteria import CRITERIA
+from tersor.methods.cut.evidence import Evidence
+from tersor.methods.cut.prices import Of, prices
+from tersor.methods.cut.ranking import chosen
+from tersor.methods.cut.removing import Costs, Removable, removable
 from tersor.methods.norms import Original, correct, shifted
-from tersor.methods.prices import Of, prices
-from tersor.methods.ranking import chosen
-from tersor.methods.removing import Costs, Removable, removable
 from tersor.recipe import Outcome, method
 from tersor.surgery.cut import cut
 from tersor.surgery.hold import held
@@ -76,7 +76,7 @@ def channels(
 
     keep: share that remains, above 0 and below 1
     of: "macs", "bytes", or "latency" as measured here layer by layer
-    criterion: what makes a unit dispensable, see `methods.criteria`; only "taylor" needs labels
+    criterion: what makes a unit dispensable, see `cut.criteria`; only "taylor" needs labels
     merge: whether weights are fitted to the units that stay, and batch norms follow
     generator: of "random" and "fisher"
     include: patterns, see `walk`; groups of units that these weights write
@@ -98,24 +98,14 @@ def channels(
     groups, left = removable(model, coupling, include, exclude)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     costs = Costs.of(coupling, shapes, prices(model, inputs, of))
-    before, goal = costs.total, keep * costs.total
-    evidence = Evidence(
-        model,
-        task,
-        groups,
-        samples=_SAMPLES,
-        generator=generator or torch.Generator().manual_seed(0),
-    )
+    before = costs.total
+    draws = generator or torch.Generator().manual_seed(0)
+    evidence = Evidence(model, task, groups, samples=_SAMPLES, generator=draws)
     rankings = [CRITERIA[criterion](group, evidence) for group in groups]
+    steps = [_LANES if of == "latency" and len(group) >= 4 * _LANES else 1 for group in groups]
+    by_saving = criterion in ("reconstruction", "fisher", "taylor")
     try:
-        gone = chosen(
-            groups,
-            rankings,
-            costs,
-            goal,
-            by_saving=criterion in ("reconstruction", "fisher", "taylor"),
-            step=1,
-        )
+        gone = chosen(groups, rankings, costs, keep * before, steps=steps, by_saving=by_saving)
     except BudgetError:
         raise BudgetError(
             f"keep={keep}: at most {1 - costs.total / before:.0%} of the {of} can be cut, with one "

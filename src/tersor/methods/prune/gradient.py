@@ -1,10 +1,10 @@
 """Gradient pruning: the weights that the network's answers depend on least become zero.
 
-Sizes say nothing of what comes behind a weight; gradients do, and compare layers with each other
-fairly. `score="fisher"` needs inputs alone and is the one for a trained network. "taylor" and
-"movement" need labelled training data, and single gradients, which on the data that a network was
-trained on have little left to say: "movement" is for the data of a new task. Where weights may
-move as well, `prune.sparsegpt` and `prune.obs` lose less.
+Sizes say nothing of what comes behind a weight; gradients do, as far as there are any. A network
+that is sure of all its answers has hardly any: calibrate on inputs that it was not trained on, or
+take `prune.magnitude`. `score="fisher"` needs inputs alone. "taylor" and "movement" need labelled
+training data; "movement" is for that of a new task, which moves weights one way. Where weights may
+move as well, `prune.sparsegpt` and `prune.obs` lose far less.
 
 Source: LeCun, Denker, Solla 1989, "Optimal Brain Damage", section 2.2, with the Fisher information
 as in Theis et al. 2018, arXiv:1801.05787 ("fisher"); Molchanov et al. 2019, arXiv:1906.10771,

@@ -17,11 +17,11 @@ from tersor.forms.form import rows, unrows
 from tersor.measure import divergence_of, evaluating, reference_outputs
 from tersor.measure.products import Products, unfused_recurrence
 from tersor.measure.running import unfused
+from tersor.methods.cut.merging import fitted
+from tersor.methods.cut.ranking import Ranking
+from tersor.methods.cut.removing import End, Removable
 from tersor.methods.layerwise import layers_of
-from tersor.methods.merging import fitted
 from tersor.methods.moments import Metric
-from tersor.methods.ranking import Ranking
-from tersor.methods.removing import End, Removable
 from tersor.surgery.walk import Site
 from tersor.task import Inputs, Task
 from tersor.task.data import apply, rows_in

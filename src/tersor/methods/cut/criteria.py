@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tersor.forms.form import rows
-from tersor.methods.evidence import Evidence
-from tersor.methods.ranking import Ranking
-from tersor.methods.removing import End, Removable
+from tersor.methods.cut.evidence import Evidence
+from tersor.methods.cut.ranking import Ranking
+from tersor.methods.cut.removing import End, Removable
 
 Criterion = Callable[[Removable, Evidence], Ranking]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tersor.errors import BudgetError
-from tersor.methods.removing import Costs, Removable
+from tersor.methods.cut.removing import Costs, Removable
 
 _LEAST = 16
 """One in so many units of a group stays, whatever a ranking says, and at least one."""
@@ -46,14 +46,14 @@ def chosen(
     costs: Costs,
     goal: float,
     *,
+    steps: Sequence[int],
     by_saving: bool,
-    step: int = 1,
 ) -> list[list[int]]:
     """Units of each group to remove, so that the costs come down to the goal.
 
     costs: as they are; they are counted down
+    steps: of each group, units that go together
     by_saving: whether harms are compared by what is saved, as those of one kind for all groups can
-    step: units that go together
 
     Raises BudgetError where all that may go is not enough.
     """
@@ -61,7 +61,7 @@ def chosen(
     heap: list[tuple[float, int]] = []
 
     def offer(number: int) -> None:
-        group, ranking = groups[number], rankings[number]
+        group, ranking, step = groups[number], rankings[number], steps[number]
         least = max(1, -(-len(group) // _LEAST))
         after = gone[number] + step
         if after > min(len(group) - least, len(ranking.order)):
@@ -77,7 +77,7 @@ def chosen(
         if not heap:
             raise BudgetError(f"at most {costs.total:.3g} of {goal:.3g} can be reached")
         _, number = heapq.heappop(heap)
-        costs.remove(groups[number].group, step)
-        gone[number] += step
+        costs.remove(groups[number].group, steps[number])
+        gone[number] += steps[number]
         offer(number)
     return [ranking.order[:count] for ranking, count in zip(rankings, gone, strict=True)]
