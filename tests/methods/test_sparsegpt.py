@@ -130,6 +130,18 @@ def test_zeros_that_are_there_stay(first):
     assert torch.equal(net[0].weight, once)
 
 
+def test_zeros_that_happen_to_fit_a_pattern_are_stored_as_one():
+    net, task = make("linear")[0], task_for("linear")
+    magnitude(net, sparsity="1:2")
+    for site in walk(net):
+        site.hold(Bitmask.encode(site.weight))
+    before = [site.weight.clone() for site in walk(net)]
+    sparsegpt(net, task, sparsity="1:2")
+    for site, weight in zip(walk(net), before, strict=True):
+        assert isinstance(site.form, NofM)
+        assert torch.equal(site.weight, weight)
+
+
 def test_what_cannot_be_pruned_is_refused():
     with pytest.raises(TaskError, match=r"prune\.sparsegpt needs inputs .*; pass a task"):
         sparsegpt(nn.Linear(8, 8))

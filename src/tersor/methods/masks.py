@@ -157,7 +157,7 @@ def prune_layers(
     choose: called for each group of a weight's outputs
     shares: what part of its weights each layer loses, by name; None for the same
 
-    A weight with as many zeros as asked for stays as it is.
+    A weight with as many zeros as asked for keeps its values.
     """
     if task is None:
         raise TaskError(f"{name} needs inputs to run the network on; pass a task")
@@ -172,11 +172,13 @@ def prune_layers(
             raise emptied(site, sparsity, "" if shares is None else ' or scope="layer"')
 
     def prune(layer: Layer) -> Form:
-        weight, goal = layer.site.weight, goals[layer.site.name]
-        if layer.sparse is not None and pruned(layer.matrix, goal):
+        weight, axis, goal = layer.site.weight, layer.site.axis, goals[layer.site.name]
+        if not pruned(layer.matrix, goal):
+            matrix = torch.cat([choose(part, goal) for part in problems(layer)])
+            weight = unrows(matrix.to(weight.dtype), tuple(weight.shape), axis)
+        elif layer.sparse is not None and isinstance(goal, float):
             return layer.sparse
-        matrix = torch.cat([choose(part, goal) for part in problems(layer)]).to(weight.dtype)
-        return sparse(unrows(matrix, tuple(weight.shape), layer.site.axis), layer.site.axis, goal)
+        return sparse(weight, axis, goal)
 
     layerwise(model, task, found.sites, prune, samples=samples)
     return found.outcome
