@@ -6,14 +6,15 @@ weight with both signs is split, W = W+ - W-: each part is added or taken away a
 
 Source: Lee, Seung 2001, "Algorithms for Non-negative Matrix Factorization" (NIPS 13), eq. 1;
 Cichocki, Phan 2009, "Fast local algorithms for large scale nonnegative matrix and tensor
-factorizations", IEICE Trans. E92-A(3), algorithm 2 (HALS).
+factorizations", IEICE Trans. E92-A(3), algorithm 2 (HALS);
+Boutsidis, Gallopoulos 2008, "SVD based initialization: A head start for nonnegative matrix
+factorization", Pattern Recognition 41(4), for where factors start.
 Differs from the papers: parts have a sign; inputs count by their energy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ def nmf(
     keep: Keep = 0.5,
     of: Of = "bytes",
     samples: Samples = 512,
-    generator: torch.Generator | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> tuple[nn.Module, Outcome]:
@@ -48,18 +48,15 @@ def nmf(
     all of its factors have none.
 
     keep, of, samples: as in `factorize.svd`
-    generator: draws where factors start; a recipe notes its seed
     include, exclude: patterns on names and types, see `walk`
 
     The step's outcome lists layers that stay whole, and for the others the number of parts and the
     share of energy that is lost. Raises OptionError where nothing can be factorized, and for forms.
     """
-    lots = generator or torch.Generator().manual_seed(0)
-    first, then = partial(candidates, generator=lots), partial(links, generator=lots)
     return factorized(
         model,
         task,
-        Technique("factorize.nmf", "low_rank", first, then),
+        Technique("factorize.nmf", "low_rank", candidates, links),
         keep=keep,
         of=of,
         weigh="inputs",
@@ -68,24 +65,22 @@ def nmf(
     )
 
 
-def candidates(target: Target, generator: torch.Generator) -> Candidates:
+def candidates(target: Target) -> Candidates:
     """A few numbers of parts; what each loses is that of a few sweeps."""
     seen = target.matrix * _sizes(target)
     lost: dict[Ranks, float] = {}
     for part in _SHARES:
         rank = max(1, int(part * seen.numel() / sum(seen.shape)))
-        left, right = parts(seen, rank, _TRIAL, generator)
+        left, right = parts(seen, rank, _TRIAL)
         lost[(rank,)] = float((seen - left @ right).square().sum())
     return Candidates(float(seen.square().sum()), lost)
 
 
-def links(
-    target: Target, ranks: Ranks, generator: torch.Generator
-) -> tuple[Sequence[Tensor], float]:
+def links(target: Target, ranks: Ranks) -> tuple[Sequence[Tensor], float]:
     """The two layers, and the share of energy that is lost."""
     sizes = _sizes(target)
     seen = target.matrix * sizes
-    left, right = parts(seen, ranks[0], _SWEEPS, generator)
+    left, right = parts(seen, ranks[0], _SWEEPS)
     missed = float((seen - left @ right).square().sum())
     return (right / sizes, left), share(missed, float(seen.square().sum()))
 
@@ -99,30 +94,42 @@ def _sizes(target: Target) -> Tensor:
     return energies.clamp(min=1e-4 * float(energies.mean()) or 1.0).sqrt()
 
 
-def parts(
-    matrix: Tensor, rank: int, sweeps: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def parts(matrix: Tensor, rank: int, sweeps: int) -> tuple[Tensor, Tensor]:
     """(outputs, rank), of one sign in each column, and (rank, inputs) without negative elements.
 
     Each column and row in turn becomes the best for all others as they are, so that the error never
-    rises. Columns of each sign are as many as its share of the matrix's energy is large.
+    rises. Where the matrix has no negative element, nor does any factor.
     """
-    signs = _signs(matrix, rank)
-    left = torch.rand(len(matrix), rank, generator=generator, dtype=matrix.dtype) * signs
-    right = torch.rand(rank, matrix.shape[1], generator=generator, dtype=matrix.dtype)
+    left, right = _start(matrix, rank)
+    signs = torch.where((left >= 0).all(0), 1.0, -1.0).to(matrix.dtype)
     for _ in range(sweeps):
         _improve(left, matrix @ right.T, right @ right.T, signs)
         _improve(right.T, matrix.T @ left, left.T @ left, torch.ones_like(signs))
     return left, right
 
 
-def _signs(matrix: Tensor, rank: int) -> Tensor:
-    below, whole = matrix.clamp(max=0).square().sum(), matrix.square().sum()
-    share_below = float(below / whole) if whole > 0 else 0.0
-    negative = round(rank * share_below)
-    if 0 < share_below < 1 and rank > 1:
-        negative = min(max(negative, 1), rank - 1)
-    return torch.where(torch.arange(rank) < rank - negative, 1.0, -1.0).to(matrix.dtype)
+def _start(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest parts of singular vectors, each of which falls into four by its signs.
+
+    u v^T = u+ v+^T + u- v-^T - u+ v-^T - u- v+^T, all of them without negative elements.
+    """
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    left, right = torch.cat([u.T, -u.T]).clamp(min=0), torch.cat([v, -v]).clamp(min=0)
+    count = len(s)
+    pairs = [(a, b) for a in range(2 * count) for b in (a, (a + count) % (2 * count))]
+    if bool((matrix >= 0).all()):
+        pairs = [(a, b) for a, b in pairs if a == b]
+    first, second = (torch.tensor(each) for each in zip(*pairs, strict=True))
+    sizes = s[first % count] * left[first].norm(dim=1) * right[second].norm(dim=1)
+    most = sizes.argsort(descending=True, stable=True)[:rank]
+    signs = torch.where(first == second, 1.0, -1.0).to(matrix.dtype)[most]
+    lengths = s[first[most] % count].sqrt()
+    begun = (left[first[most]].T * lengths * signs, right[second[most]] * lengths[:, None])
+    missing = rank - len(most)
+    return (
+        nn.functional.pad(begun[0], (0, missing)),
+        nn.functional.pad(begun[1], (0, 0, 0, missing)),
+    )
 
 
 def _improve(factor: Tensor, pulls: Tensor, gram: Tensor, signs: Tensor) -> None:
