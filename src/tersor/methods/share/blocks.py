@@ -1,10 +1,10 @@
 """Sub-vectors of a weight and the values they share: k-means by what errors do, then their codes.
 
 Source: Stock et al. 2020, arXiv:1907.05686, eq. 2 to 5, for k-means in the metric of what a weight
-is multiplied with; Tseng et al. 2024 (QuIP#), arXiv:2402.04396, section 4.1, for error feedback
-from one block of columns to the next; Chen, Gu, Ma 2010, "Approximate nearest neighbor search by
-residual vector quantization", for values fitted to all codes together, here in that metric.
-Differs: each place in a row has the moments of its own inputs.
+is multiplied with; Tseng et al. 2024 (QuIP#), arXiv:2402.04396, for error feedback
+from one block of columns to the next (block LDLQ).
+Differs: each place in a row has the moments of its own inputs, and the values are fitted to all
+codes together by least squares.
 """
 
 from __future__ import annotations

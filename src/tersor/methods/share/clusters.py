@@ -5,7 +5,7 @@ takes a search for the stretches' ends in running sums, and the best clustering 
 by dynamic programming.
 
 Source: Han, Mao, Dally 2016, arXiv:1510.00149, section 3.2, for the starts; Wang, Song 2011,
-"Ckmeans.1d.dp", R Journal 3(2), eq. 1, for the best; Choi, El-Khamy, Lee 2017, arXiv:1612.01543,
+"Ckmeans.1d.dp", R Journal 3(2), for the best; Choi, El-Khamy, Lee 2017, arXiv:1612.01543,
 eq. 6 to 8, for numbers that count differently, and section 4.2 for values priced by their bits.
 """
 

@@ -2,9 +2,9 @@
 
 Without data it needs no choice but how many; a pruned layer keeps its zeros. With calibration
 inputs, errors count by curvature, output channels get scales, and each column of codes makes up for
-the errors of those before it: that is better than `quantize.gptq` at equal values, and with some
-`thrift` smaller than `quantize.rtn` at equal behaviour. Where a runtime wants evenly spaced levels,
-take those; for the smallest file `quantize.entropy`; for 2 bits and less `share.product`.
+the errors of those before it: with some `thrift` it is smaller than `quantize.rtn`, and nearer to
+the original. Where a runtime wants evenly spaced levels, take `quantize.gptq`; for the smallest
+file `quantize.entropy`; for codes of 2 bits and less `share.product`.
 
 Source: Han, Mao, Dally 2016 (Deep Compression), arXiv:1510.00149, section 3.1, eq. 2, and 3.2;
 Choi, El-Khamy, Lee 2017, arXiv:1612.01543, eq. 6 to 8, for weights that count by curvature, and

@@ -3,9 +3,9 @@
 A layer's sub-vectors of `length` inputs, one kernel of a convolution or 4 neighbours, become at
 most `values` of them. With calibration inputs errors count by what the layer's outputs lose, and
 each code makes up for the errors of those before it in its row. The table costs `values` * `length`
-* 16 bits a layer, so it is for large layers; for small ones, and at 3 bits and more,
-`share.kmeans`. A runtime looks values up, so it is for bytes, not for speed; `recover.scales`
-trains the values.
+* 16 bits a layer, so it is for large layers; for small ones, at 3 bits and more, and where the file
+is what counts, `share.kmeans`. No runtime multiplies by looking up: it is for bytes, not for speed.
+`recover.scales` trains the values.
 
 Source: Stock, Joulin, Gribonval, Graham, Jegou 2020 ("And the bit goes down"), arXiv:1907.05686,
 section 3, eq. 2 to 5.
