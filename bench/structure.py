@@ -264,10 +264,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    figures = earlier()
     for name in options.names or PARTS:
-        figures[name] = PARTS[name]()
-        print(name, json.dumps(figures[name], indent=2), flush=True)
+        measured = PARTS[name]()
+        print(name, json.dumps(measured, indent=2), flush=True)
+        figures = earlier() | {name: measured}
         record("structure", {part: figures[part] for part in PARTS if part in figures})
 
 
