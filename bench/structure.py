@@ -107,7 +107,7 @@ def resnet(name: str) -> dict[str, Any]:
         "kept": [step.outcome["kept"] for step in cut.recipe.steps],
     }
     print(found, flush=True)
-    options = {"epochs": 3, "rate": 2e-3, "temperature": 8.0}
+    options = {"epochs": 3, "rate": 2e-3, "temperature": 16.0}
     tuned, seconds = timed(
         lambda: run(cut, [{"method": "recover.distill", "options": options}], task, original=model)
     )
