@@ -86,7 +86,7 @@ NETWORKS = {
     ),
     "stories": Network(
         zoo.stories260k,
-        lambda: stories.task(64),
+        lambda: stories.task(32),
         [
             *by_pattern("2:4", exclude="Embedding"),
             *by_pattern("4:8", exclude="Embedding"),

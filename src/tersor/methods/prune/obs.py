@@ -5,7 +5,7 @@ with the cube of a layer's inputs, and memory with their square: seconds for a R
 layers have thousands of inputs take `prune.sparsegpt`.
 
 Source: Hassibi, Stork, Wolff 1993, "Optimal Brain Surgeon and general network pruning", eq. 5;
-Frantar, Singh, Alistarh 2022 (OBC), arXiv:2208.11580, algorithms 1 and 2, and section 4 for n:m.
+Frantar, Singh, Alistarh 2022 (OBC), arXiv:2208.11580, algorithms 1 and 2.
 Differs from the papers: updates of the inverse are applied 32 at a time, and what stays is solved
 for anew at the end, which is what the updates would come to without rounding. With scope="global"
 the losses of a layer are scaled by what its pruning alone does to the network's outputs.

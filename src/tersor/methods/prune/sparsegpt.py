@@ -4,8 +4,7 @@ The method for 50 % and for 2:4 where calibration data is at hand, about as quic
 `quantize.gptq`, whose equations it shares. Where a minute more is no matter `prune.obs` chooses
 better, above all at higher sparsity. `recover.polish` sets what either leaves to its best.
 
-Source: Frantar, Alistarh 2023 (SparseGPT), arXiv:2301.00774, algorithm 1, with n:m as in its
-section 3.3.
+Source: Frantar, Alistarh 2023 (SparseGPT), arXiv:2301.00774, algorithm 1, and its extension to n:m.
 Differs from the paper: columns go in the order of falling energy, as in the code of GPTQ, groups of
 n:m as a whole; factors are those of the moments and not of their inverse, which gives the same.
 """

@@ -1,9 +1,10 @@
 """Wanda: the weights that add least to their outputs become zero, the others stay as they are.
 
 A weight counts by its size times the size of what it is multiplied with. About as quick as running
-the calibration inputs once, and much better than `prune.magnitude` where inputs differ in energy,
-as in transformers. Nothing makes up for what is removed: `prune.sparsegpt` moves the other weights
-and loses less, or put `recover.polish` behind this.
+the calibration inputs once. For large transformers, where a few inputs have most of the energy; not
+for convolutional networks, whose outputs do not stand the same share each. Nothing makes up for
+what is removed: `prune.sparsegpt` moves the other weights and loses less, or put `recover.polish`
+behind this.
 
 Source: Sun, Liu, Bair, Kolter 2023 (Wanda), arXiv:2306.11695, eq. 1 and algorithm 1.
 Differs from the paper: layers are pruned one at a time and not block by block, each for the inputs

@@ -3,11 +3,11 @@
 Which inputs are neighbours is an accident: channels that all matter may share a group of four, of
 which two must go. Here channels change places, in every weight, norm and sum that they pass
 through, so that the large weights are spread evenly. Put it before any pruning with the same
-pattern: the file is no larger and nothing is slower. Gains most where channels differ in size, and
-nothing for pruning by a share.
+pattern: the file is no larger and nothing is slower. Gains nothing for pruning by a share, and
+little for `prune.wanda`, which asks for more than size.
 
-Source: Pool, Yu 2021, "Channel permutations for N:M sparsity", NeurIPS 34, section 4 (greedy
-exchange of columns, by the magnitude that is kept).
+Source: Pool, Yu 2021, "Channel permutations for N:M sparsity", NeurIPS 34, for the greedy exchange
+of columns by the magnitude that is kept.
 Differs from the paper: all exchanges that do not touch each other are made in one round, without
 random ones to leave a local optimum; what must move along is read from the network's graph.
 """
