@@ -1,8 +1,8 @@
 """Tensor train: a linear layer as contractions with a few small cores, one after the other.
 
-For wide linear layers whose inputs and outputs have an order, such as places of an image, and where
-bytes matter more than time: cores are tiny, and their contractions many. For most layers
-`factorize.svd`, which may follow what inputs are like, loses less at equal bytes.
+For wide linear layers of networks that are trained afterwards, where bytes matter more than time:
+cores are tiny, and their contractions many. Without training, `factorize.svd`, which can follow
+what inputs are like, loses far less at equal bytes.
 
 Source: Novikov et al. 2015, arXiv:1509.06569, section 3; Oseledets 2011, "Tensor-train
 decomposition", SIAM J. Sci. Comput. 33(5), algorithm 1 and theorem 2.2.
