@@ -2,6 +2,7 @@
 
     python bench/structure.py                    all (about an hour on two idle cores)
     python bench/structure.py resnet20 minilm    some, merged into bench/results/structure.json
+    python bench/structure.py --table            none: the table of docs/guide/structure.md
 
 Accuracy is that on data that steered nothing: the 1,017 lossless test images of CIFAR-10, the 1,379
 test pairs of the STS Benchmark. Distillation sees inputs and never a label.
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -39,6 +41,9 @@ from tersor.task import Task, classification, sentence_pairs
 
 Steps = list[dict[str, Any]]
 KEEP = 1 / 2.1
+GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "structure.md"
+PLACE = re.compile(r"(<!-- bench/structure.py -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+TITLES = {"resnet20": "ResNet-20", "resnet56": "ResNet-56", "minilm": "MiniLM"}
 STEPS = {"resnet20": 3, "resnet56": 1}
 """Of cutting, one behind the other, nothing trained between them."""
 REPEATS = 40
@@ -262,13 +267,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make networks smaller.")
     parser.add_argument("names", nargs="*", help=f"among {', '.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
+    parser.add_argument("--table", action="store_true", help="write the table of the guide")
     options = parser.parse_args()
+    if options.table:
+        GUIDE.write_text(PLACE.sub(rf"\g<1>{table(earlier())}\g<2>", GUIDE.read_text("utf-8")))
+        return
     torch.set_num_threads(options.threads)
     for name in options.names or PARTS:
         measured = PARTS[name]()
         print(name, json.dumps(measured, indent=2), flush=True)
         figures = earlier() | {name: measured}
         record("structure", {part: figures[part] for part in PARTS if part in figures})
+
+
+def table(figures: dict[str, Any]) -> str:
+    """What cutting keeps, and what distillation takes back."""
+    lines = [
+        "| network | multiply-adds | before | cut | distilled | ONNX Runtime, batch 1 and 32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in TITLES.items():
+        if name not in figures:
+            continue
+        found, metric = figures[name], "spearman" if name == "minilm" else "accuracy"
+        cut = found["cut"]
+        share = cut["share_of_macs"] if "share_of_macs" in cut else 1 / cut["times_fewer"]
+        stages = (found, cut, found["distilled"])
+        row = [title, f"{share:.0%}", *(f"{stage[metric]:.2f}" for stage in stages)]
+        times = found.get("onnxruntime", {})
+        row.append(", ".join(f"{each['times_faster']:.2f}x" for each in times.values()))
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
 
 
 def earlier() -> dict[str, Any]:
