@@ -44,7 +44,7 @@ KEEP = 1 / 2.1
 GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "structure.md"
 PLACE = re.compile(r"(<!-- bench/structure.py -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 TITLES = {"resnet20": "ResNet-20", "resnet56": "ResNet-56", "minilm": "MiniLM"}
-STEPS = {"resnet20": 3, "resnet56": 1}
+STEPS = 3
 """Of cutting, one behind the other, nothing trained between them."""
 REPEATS = 40
 
@@ -103,7 +103,7 @@ def resnet(name: str) -> dict[str, Any]:
     example = task.example(1)
     before = macs(model, example).total
     found: dict[str, Any] = {"accuracy": accuracy(model, task), "macs": before}
-    cut, seconds = timed(lambda: gradually(model, task, STEPS[name]))
+    cut, seconds = timed(lambda: gradually(model, task, STEPS))
     found["cut"] = {
         "macs": macs(cut, example).total,
         "times_fewer": before / macs(cut, example).total,
