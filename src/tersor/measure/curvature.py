@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tersor.errors import ModelError
 from tersor.measure.products import PRODUCTS, Products, unfused_recurrence
-from tersor.measure.running import check_outputs, evaluating, unfused
+from tersor.measure.running import check_outputs, differentiable, evaluating, unfused
 from tersor.surgery.walk import Site
 from tersor.task import Inputs, Task
 
@@ -79,7 +79,7 @@ def curvature(
         evaluating(model),
         unfused(),
         unfused_recurrence(model),
-        _differentiable(model),
+        differentiable(model.parameters()),
         torch.set_grad_enabled(draws > 0),
     ):
         for number, batch in enumerate(batches, 1):
@@ -116,19 +116,6 @@ def _passable(model: nn.Module, draws: int) -> Iterator[None]:
         raise GradientError(
             f"gradients do not pass through {type(model).__name__}: {reason}"
         ) from error
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients reach every parameter inside the block, and are as they were after it."""
-    before = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
 
 
 class _Watch(Products):  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,19 @@ def using_threads(threads: int | None) -> Iterator[int]:
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
+
+
+@contextmanager
+def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Gradients reach these inside the block, and are asked for as before after it."""
+    before = [(p, p.requires_grad) for p in parameters if p.is_floating_point()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
 
 
 @contextmanager

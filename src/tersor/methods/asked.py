@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
 from tersor.errors import OptionError, TaskError
+from tersor.recipe import recipe_of
 from tersor.task import Inputs, Task
 
 
@@ -16,6 +19,18 @@ def original_of(name: str, original: nn.Module | None) -> nn.Module:
             f"{name.rpartition('.')[2]}(model, task, original=network)"
         )
     return original
+
+
+def prepared(original: nn.Module, model: nn.Module, task: Task) -> nn.Module:
+    """A copy of the original after the steps of `model` that change no output.
+
+    Its weights and what its layers give then match those of `model`.
+    """
+    # Here, because the table of techniques that run() knows has those that ask in it.
+    from tersor.methods.run import run
+
+    steps = [step for step in recipe_of(model).steps if step.method.startswith("transform.")]
+    return run(original, steps, task) if steps else copy.deepcopy(original)
 
 
 def held_out_of(

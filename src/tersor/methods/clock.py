@@ -15,6 +15,8 @@ from tersor.surgery.chain import chain_for
 from tersor.surgery.links import LINEAR, Ranks, sizes_of, work
 from tersor.surgery.walk import kind_of
 
+Of = Literal["bytes", "macs", "latency"]
+"""What may be counted."""
 Calls = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 _TIMED = 4
 """Chains of a layer that are timed; others lie between them by their multiply-accumulates."""
@@ -24,7 +26,7 @@ _REPEATS = 30
 class Clock:
     """Costs of chains of one kind; layers of one shape are timed once."""
 
-    def __init__(self, of: Literal["bytes", "macs", "latency"], made_by: str) -> None:
+    def __init__(self, of: Of, made_by: str) -> None:
         self.of, self.made_by = of, made_by
         self._times: dict[Any, tuple[list[float], list[float], float]] = {}
 

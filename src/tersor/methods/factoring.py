@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from tersor.errors import OptionError
 from tersor.forms import Dense
 from tersor.forms.form import Form
-from tersor.methods.clock import Clock
+from tersor.methods.clock import Clock, Of
 from tersor.methods.columns import Problem
 from tersor.methods.layerwise import Layer, layerwise
 from tersor.methods.ranks import Way, chosen
-from tersor.methods.targets import Of, Target, Weigh, look, nothing, targets_of
+from tersor.methods.targets import Target, Weigh, look, nothing, targets_of
 from tersor.recipe import Outcome
 from tersor.surgery import chain as chains
 from tersor.surgery.links import Ranks

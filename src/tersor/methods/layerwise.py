@@ -74,19 +74,20 @@ def layerwise(
     quantize: Quantize,
     *,
     samples: int,
-    original: bool = False,
+    original: bool | nn.Module = False,
 ) -> None:
     """Holds each of `sites` as what `quantize` makes of it, in the order in which they are used.
 
     samples: calibration inputs to use, at most
-    original: whether the original network runs beside, for `Moments.cross`
+    original: whether the network as it is runs beside, for `Moments.cross`; or another one, where
+        that has been changed already
 
     Raises ModelError for inputs that are not finite. Whatever ends it early, what is quantized by
     then is held, and all other weights are as they were.
     """
     batches = task.calibration(samples)
     check_uncoded(sites)
-    twin = copy.deepcopy(model) if original else None
+    twin = copy.deepcopy(model) if original is True else original or None
     with evaluating(model), unfused(), unfused_recurrence(model):
         here = Passes(sites, [partial(task.predict, model, batch) for batch in batches])
         if twin is None:

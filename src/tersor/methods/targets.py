@@ -17,12 +17,12 @@ from tersor.errors import ModelError, OptionError, TaskError
 from tersor.forms.form import rows
 from tersor.measure.curvature import Curvature, GradientError, curvature
 from tersor.measure.running import evaluating
+from tersor.methods.clock import Of
 from tersor.surgery.chain import Chain, whole_because
 from tersor.surgery.hold import bake
 from tersor.surgery.walk import Site, kind_of
 from tersor.task import Task
 
-Of = Literal["bytes", "macs", "latency"]
 Weigh = Literal["inputs", "fisher", "none"]
 
 

@@ -96,6 +96,18 @@ def rows_in(inputs: Inputs) -> int:
     return len(next(iter(tensors_of(inputs).values())))
 
 
+def pieces(batches: Iterable[Inputs], rows: int) -> Iterator[Inputs]:
+    """The same samples in batches of at most `rows` rows."""
+    for batch in batches:
+        for start in range(0, rows_in(batch), rows):
+            yield between(batch, start, start + rows)
+
+
+def between(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Rows `start` to `stop` of a batch."""
+    return apply(lambda tensor: tensor[start:stop], inputs)
+
+
 def head(inputs: Inputs, rows: int) -> Inputs:
     """The first `rows` rows of a batch."""
     return apply(lambda tensor: tensor[:rows], inputs)

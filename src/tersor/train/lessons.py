@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tersor.errors import TaskError
 from tersor.surgery.hold import decoded
 from tersor.task import Inputs, Task, evaluation_mode
-from tersor.task.data import apply, rows_in
+from tersor.task.data import pieces
 
 Lesson = tuple[Inputs, Tensor]
 
@@ -129,10 +129,9 @@ def shuffled(
     batches: Sequence[Inputs], generator: torch.Generator, rows: int = 32
 ) -> Iterator[Inputs]:
     """Batches of at most `rows` rows, in an order drawn by `generator`."""
-    pieces = [(batch, start) for batch in batches for start in range(0, rows_in(batch), rows)]
-    for place in torch.randperm(len(pieces), generator=generator).tolist():
-        batch, start = pieces[place]
-        yield apply(lambda tensor, at=start: tensor[at : at + rows], batch)  # type: ignore[misc]
+    parts = list(pieces(batches, rows))
+    for place in torch.randperm(len(parts), generator=generator).tolist():
+        yield parts[place]
 
 
 def answers(
@@ -142,11 +141,7 @@ def answers(
 
     rows: even, since two rows may be one pair of sentences
     """
-    batches = [
-        apply(lambda tensor, at=start: tensor[at : at + rows], batch)  # type: ignore[misc]
-        for batch in inputs
-        for start in range(0, rows_in(batch), rows)
-    ]
+    batches = list(pieces(inputs, rows))
     if not batches:
         raise TaskError("there are no calibration inputs to learn from; give the task some")
     with evaluation_mode(original), decoded(original):

@@ -26,10 +26,11 @@ from tersor.errors import BudgetError, OptionError, TaskError
 from tersor.measure import reference_outputs
 from tersor.measure.channels import channels as seen_by_norms
 from tersor.measure.channels import norms_of
+from tersor.methods.clock import Of
 from tersor.methods.cut import merging
 from tersor.methods.cut.criteria import CRITERIA
 from tersor.methods.cut.evidence import Evidence
-from tersor.methods.cut.prices import Of, prices
+from tersor.methods.cut.prices import prices
 from tersor.methods.cut.ranking import chosen
 from tersor.methods.cut.removing import Costs, Removable, removable
 from tersor.methods.norms import Original, correct, shifted

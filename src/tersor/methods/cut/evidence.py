@@ -6,9 +6,9 @@ Everything is told by column of the weights that read the units.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from tersor.errors import TaskError
 from tersor.forms.form import rows, unrows
 from tersor.measure import divergence_of, evaluating, reference_outputs
 from tersor.measure.products import Products, unfused_recurrence
-from tersor.measure.running import unfused
+from tersor.measure.running import differentiable, unfused
 from tersor.methods.cut.merging import fitted
 from tersor.methods.cut.ranking import Ranking
 from tersor.methods.cut.removing import End, Removable
@@ -24,7 +24,7 @@ from tersor.methods.layerwise import layers_of
 from tersor.methods.moments import Metric
 from tersor.surgery.walk import Site
 from tersor.task import Inputs, Task
-from tersor.task.data import apply, rows_in
+from tersor.task.data import pieces, rows_in
 
 _PLACES = 64
 _ROWS = 32
@@ -51,6 +51,7 @@ class Evidence:
         self.generator = generator
         ends = {end.site.name: end.site for group in units for end in group.readers}
         self._sites = list(ends.values())
+        self._weights: list[nn.Parameter] = [getattr(*site.uses[0]) for site in self._sites]
 
     def moments(self, end: End) -> Tensor:
         """(groups, inputs, inputs) float64, of what the weight is given, damped."""
@@ -82,7 +83,7 @@ class Evidence:
         factors = [
             self._without(units, order[:count]) / max(losses[count - 1], 1e-12) for count in counts
         ]
-        total = lost * _interpolated(counts, factors, len(order))
+        total = lost * torch.from_numpy(np.interp(range(1, len(order) + 1), counts, factors))
         harms = total.cummax(0).values.diff(prepend=torch.zeros(1, dtype=torch.float64))
         return Ranking(list(order), harms.tolist())
 
@@ -127,18 +128,17 @@ class Evidence:
     @cached_property
     def _scores(self) -> dict[str, Tensor]:
         def losses() -> Iterator[Tensor]:
-            for batch in _small(self._task.calibration(self._samples)):
+            for batch in pieces(self._task.calibration(self._samples), _ROWS):
                 yield self._task.score(self._task.predict(self._model, batch), self.generator)
 
         return self._pulled(losses)
 
     def _pulled(self, losses: Callable[[], Iterator[Tensor]]) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {site.name: [] for site in self._sites}
-        with evaluating(self._model), torch.enable_grad(), _trainable(self._sites):
+        with evaluating(self._model), torch.enable_grad(), differentiable(self._weights):
             for loss in losses():
-                weights = [getattr(*site.uses[0]) for site in self._sites]
-                slopes = torch.autograd.grad(loss, weights, allow_unused=True)
-                for site, weight, slope in zip(self._sites, weights, slopes, strict=True):
+                slopes = torch.autograd.grad(loss, self._weights, allow_unused=True)
+                for site, weight, slope in zip(self._sites, self._weights, slopes, strict=True):
                     pull = torch.zeros_like(weight) if slope is None else slope * weight.detach()
                     found[site.name].append(rows(pull, site.axis).sum(0))
         return {name: torch.stack(pulls) for name, pulls in found.items()}
@@ -183,34 +183,3 @@ class _Activity(Products):  # type: ignore[no-untyped-call]
 
     def means(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {name: (size / n, zeros / n) for name, (size, zeros, n) in self._sums.items()}
-
-
-def _interpolated(counts: Sequence[int], factors: Sequence[float], length: int) -> Tensor:
-    """Factors for 1 to `length`, on lines between those that were measured."""
-    found = torch.empty(length, dtype=torch.float64)
-    for at in range(1, length + 1):
-        above = next((n for n, count in enumerate(counts) if count >= at), len(counts) - 1)
-        below = max(0, above - 1) if counts[above] > at else above
-        span = counts[above] - counts[below]
-        share = min(max((at - counts[below]) / span, 0.0), 1.0) if span else 0.0
-        found[at - 1] = factors[below] + share * (factors[above] - factors[below])
-    return found
-
-
-def _small(batches: Sequence[Inputs]) -> Iterator[Inputs]:
-    for batch in batches:
-        for start in range(0, rows_in(batch), _ROWS):
-            yield apply(lambda tensor, at=start: tensor[at : at + _ROWS], batch)  # type: ignore[misc]
-
-
-@contextmanager
-def _trainable(sites: Sequence[Site]) -> Iterator[None]:
-    parameters = [getattr(*site.uses[0]) for site in sites]
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, asked in zip(parameters, before, strict=True):
-            parameter.requires_grad_(asked)

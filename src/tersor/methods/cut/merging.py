@@ -12,17 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tersor.forms import Dense
 from tersor.forms.form import rows, unrows
-from tersor.measure import evaluating
-from tersor.measure.products import unfused_recurrence
-from tersor.measure.running import unfused
-from tersor.methods.layerwise import Layer, Passes, in_order
+from tersor.methods.layerwise import Layer, layerwise
 from tersor.methods.moments import DAMPING
 from tersor.surgery.hold import release
 from tersor.surgery.walk import Site, walk
@@ -37,7 +33,6 @@ def merge(model: nn.Module, task: Task, columns: Mapping[str, Tensor], *, sample
 
     Returns the weights of which no product was seen, that only lost their columns.
     """
-    batches = task.calibration(samples)
     twin = copy.deepcopy(model)
     here = [site for site in walk(model) if site.name in columns]
     parameters = {site.name: getattr(*site.uses[0]) for site in here}
@@ -57,15 +52,7 @@ def merge(model: nn.Module, task: Task, columns: Mapping[str, Tensor], *, sample
         found = fitted(original, own, own if cross is None else cross, columns[name])
         return Dense(unrows(found, shape, layer.site.axis), layer.site.weight.dtype)
 
-    with evaluating(model), evaluating(twin), unfused(), unfused_recurrence(model):
-        in_order(
-            Passes(here, [partial(task.predict, model, batch) for batch in batches]),
-            fit,
-            Passes(
-                [there[site.name] for site in here],
-                [partial(task.predict, twin, batch) for batch in batches],
-            ),
-        )
+    layerwise(model, task, here, fit, samples=samples, original=twin)
     for site in here:
         # Its values were set in place; a parameter that is trained stays one.
         for layer, attribute in site.uses:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from tersor.measure import macs
 from tersor.measure.running import runner
+from tersor.methods.clock import Of
 from tersor.task import Inputs
 
-Of = Literal["macs", "bytes", "latency"]
 _REPEATS = 20
 
 

@@ -20,10 +20,11 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
+from tersor.methods.clock import Of
 from tersor.methods.factoring import Candidates, Keep, Samples, Technique, factorized
 from tersor.methods.factorize.tucker import channel_moments
 from tersor.methods.spectra import energy_of, root, share
-from tersor.methods.targets import Of, Target
+from tersor.methods.targets import Target
 from tersor.recipe import Outcome, method
 from tersor.surgery.links import Ranks, sizes_of
 from tersor.surgery.walk import Patterns

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from tersor.methods.clock import Of
 from tersor.methods.factoring import Candidates, Keep, Samples, Technique, factorized
 from tersor.methods.spectra import share, spectrum
-from tersor.methods.targets import Of, Target, Weigh
+from tersor.methods.targets import Target, Weigh
 from tersor.recipe import Outcome, method
 from tersor.surgery.links import Ranks
 from tersor.surgery.walk import Patterns

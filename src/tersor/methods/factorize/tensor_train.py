@@ -20,9 +20,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tersor.methods.clock import Of
 from tersor.methods.factoring import Candidates, Keep, Samples, Technique, factorized
 from tersor.methods.spectra import share
-from tersor.methods.targets import Of, Target
+from tersor.methods.targets import Target
 from tersor.recipe import Outcome, method
 from tersor.surgery.links import Ranks, factors_of
 from tersor.surgery.walk import Patterns

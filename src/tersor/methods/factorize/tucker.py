@@ -18,9 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tersor.methods.clock import Of
 from tersor.methods.factoring import Candidates, Keep, Samples, Technique, factorized
 from tersor.methods.spectra import energy_of, root, share, spectrum
-from tersor.methods.targets import Of, Target, Weigh
+from tersor.methods.targets import Target, Weigh
 from tersor.recipe import Outcome, method
 from tersor.surgery.links import Ranks, sizes_of
 from tersor.surgery.walk import Patterns

@@ -29,8 +29,8 @@ from tersor.methods.masks import Sparsity, chosen, prune_by
 from tersor.recipe import Outcome, method
 from tersor.surgery.hold import release_all
 from tersor.surgery.walk import Patterns, plain_copy, walk
-from tersor.task import Inputs, Task, evaluation_mode
-from tersor.task.data import apply, head, rows_in
+from tersor.task import Task, evaluation_mode
+from tersor.task.data import head, pieces, rows_in
 
 _DRAWN = 8
 """Samples whose drawn answers share one gradient: more gradients say more, and take longer."""
@@ -102,14 +102,12 @@ def fisher(model: nn.Module, task: Task, weights: Weights, samples: int) -> Scor
     """
     generator = torch.Generator().manual_seed(0)
     squares, count = [torch.zeros_like(w) for w in weights], 0
-    for batch in task.calibration(samples):
-        for start in range(0, rows_in(batch), _DRAWN):
-            few = _rows(batch, start, start + _DRAWN)
-            with torch.enable_grad():
-                value = task.score(task.predict(model, few), generator)
-            for square, each in zip(squares, _gradients(value, weights), strict=True):
-                square += each.square()
-            count += rows_in(few)
+    for few in pieces(task.calibration(samples), _DRAWN):
+        with torch.enable_grad():
+            value = task.score(task.predict(model, few), generator)
+        for square, each in zip(squares, _gradients(value, weights), strict=True):
+            square += each.square()
+        count += rows_in(few)
     return [w.square() * square / count for w, square in zip(weights, squares, strict=True)]
 
 
@@ -153,10 +151,6 @@ def _training(
         samples -= count
         if not samples:
             return
-
-
-def _rows(batch: Inputs, start: int, stop: int) -> Inputs:
-    return apply(lambda tensor: tensor[start:stop], batch)
 
 
 def _gradients(value: Tensor, weights: Weights) -> Weights:

@@ -13,7 +13,6 @@ see corrected inputs, with the means of all batches so far.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,9 +25,9 @@ from torch.nn.modules.conv import _ConvNd
 from tersor.errors import OptionError
 from tersor.measure import divergence_of, evaluating, reference_outputs
 from tersor.measure.channels import Channels
-from tersor.methods.asked import held_out_of, original_of
+from tersor.methods.asked import held_out_of, original_of, prepared
 from tersor.methods.placing import is_linear
-from tersor.recipe import Outcome, method, recipe_of
+from tersor.recipe import Outcome, method
 from tersor.surgery.fold import FoldedNorm, fold
 from tersor.task import Inputs, Task
 
@@ -77,11 +76,7 @@ def _prepared(original: nn.Module, model: nn.Module, task: Task) -> tuple[nn.Mod
 
     And the paths of layers that give something else all the same.
     """
-    # Here, because the table of techniques that run() knows has this one in it.
-    from tersor.methods.run import run
-
-    steps = [s for s in recipe_of(model).steps if s.method.startswith("transform.")]
-    done = run(original, steps, task) if steps else copy.deepcopy(original)
+    done = prepared(original, model, task)
     norms = {path for path, m in model.named_modules() if isinstance(m, FoldedNorm)}
     pairs = fold(done, task.example(2)).pairs if norms else ()
     return done, {layer for layer, norm in pairs if norm not in norms}

@@ -12,7 +12,7 @@ task's own; zeros of pruned weights stay zero, and their places.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.errors import OptionError
 from tersor.measure import divergence_of, reference_outputs
+from tersor.measure.running import differentiable
 from tersor.methods.asked import held_out_of, original_of
 from tersor.methods.sparse import sparse_form
 from tersor.recipe import Outcome, method
@@ -71,7 +72,7 @@ def distill(
     def judge() -> float:
         return divergence_of(model, task, held_out, wanted)
 
-    with _trained(parameters), decoded(original), torch.enable_grad():
+    with differentiable(parameters), decoded(original), torch.enable_grad():
         fitted = fit(
             model,
             torch.optim.Adam(parameters, lr=rate),
@@ -81,6 +82,8 @@ def distill(
             judge=judge,
             generator=generator or torch.Generator().manual_seed(0),
         )
+    for parameter in parameters:
+        parameter.grad = None
     return model, {
         "kept": fitted.epoch > 0,
         "divergence_before": fitted.before,
@@ -123,16 +126,3 @@ def _learning(model: nn.Module) -> Iterator[None]:
             if isinstance(module, _BatchNorm):
                 module.train()
         yield
-
-
-@contextmanager
-def _trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, asked in zip(parameters, before, strict=True):
-            parameter.requires_grad_(asked)
-            parameter.grad = None

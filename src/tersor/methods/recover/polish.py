@@ -15,10 +15,8 @@ original weight.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -28,18 +26,16 @@ from torch import Tensor, nn
 from tersor.errors import OptionError
 from tersor.forms import Form, NofM
 from tersor.forms.form import rows, unrows
-from tersor.measure import divergence_of, evaluating, reference_outputs
-from tersor.measure.products import unfused_recurrence
-from tersor.measure.running import unfused
-from tersor.methods.asked import held_out_of, original_of
+from tersor.measure import divergence_of, reference_outputs
+from tersor.methods.asked import held_out_of, original_of, prepared
 from tersor.methods.calibrated import problems
-from tersor.methods.layerwise import Layer, Passes, in_order
+from tersor.methods.layerwise import Layer, layerwise
 from tersor.methods.masks import Pattern, sparse
 from tersor.methods.sparse import sparse_form
 from tersor.methods.support import least_squares
-from tersor.recipe import Outcome, method, recipe_of
+from tersor.recipe import Outcome, method
 from tersor.surgery.walk import Patterns, Site, walk
-from tersor.task import Inputs, Task
+from tersor.task import Task
 
 
 @method
@@ -65,13 +61,17 @@ def polish(
     task, held_out = held_out_of("recover.polish", task, samples)
     original = original_of("recover.polish", original)
     sites = _pruned(model, include, exclude)
-    twin = _prepared(original, model, task)
-    others = _partners(sites, twin)
+    twin = prepared(original, model, task)
+    targets = _targets(sites, twin)
     answers = reference_outputs(original, task, held_out)
     before, after = divergence_of(model, task, held_out, answers), torch.inf
     saved = {site.name: site.form for site in sites}
+
+    def solve(layer: Layer) -> Form:
+        return _solved(layer, targets[layer.site.name])
+
     try:
-        _solve(model, twin, task, task.calibration(samples), sites, others)
+        layerwise(model, task, sites, solve, samples=samples, original=twin)
         after = divergence_of(model, task, held_out, answers)
     finally:
         for site in sites:
@@ -93,17 +93,8 @@ def _pruned(model: nn.Module, include: Patterns, exclude: Patterns) -> list[Site
     return sites
 
 
-def _prepared(original: nn.Module, model: nn.Module, task: Task) -> nn.Module:
-    """A copy of the original after the steps that change no output, so that its weights match."""
-    # Here, because the table of techniques that run() knows has this one in it.
-    from tersor.methods.run import run
-
-    steps = [s for s in recipe_of(model).steps if s.method.startswith("transform.")]
-    return run(original, steps, task) if steps else copy.deepcopy(original)
-
-
-def _partners(sites: Sequence[Site], original: nn.Module) -> list[Site]:
-    """The same weights of the original. Raises OptionError for one that it does not have."""
+def _targets(sites: Sequence[Site], original: nn.Module) -> dict[str, Tensor]:
+    """The same weights of the original, (outputs, inputs). Raises OptionError without one."""
     named = {site.name: site for site in walk(original)}
     for site in sites:
         other = named.get(site.name)
@@ -115,30 +106,8 @@ def _partners(sites: Sequence[Site], original: nn.Module) -> list[Site]:
             f"network and {found} in the original; pass the network that was pruned, or leave it "
             f'out with exclude="{site.name}"'
         )
-    return [named[site.name] for site in sites]
-
-
-def _solve(
-    model: nn.Module,
-    original: nn.Module,
-    task: Task,
-    batches: Sequence[Inputs],
-    sites: Sequence[Site],
-    others: Sequence[Site],
-) -> None:
-    """Solves for one weight after the other, in the order in which they are used."""
-    targets = {
-        site.name: rows(other.weight, other.axis).float()
-        for site, other in zip(sites, others, strict=True)
-    }
-
-    def solve(layer: Layer) -> Form:
-        return _solved(layer, targets[layer.site.name])
-
-    with evaluating(model), evaluating(original), unfused(), unfused_recurrence(model):
-        here = Passes(sites, [partial(task.predict, model, batch) for batch in batches])
-        there = Passes(others, [partial(task.predict, original, batch) for batch in batches])
-        in_order(here, solve, there)
+    others = [named[site.name] for site in sites]
+    return {other.name: rows(other.weight, other.axis).float() for other in others}
 
 
 def _solved(layer: Layer, original: Tensor) -> Form:
