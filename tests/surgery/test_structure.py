@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from surgery.test_couple import GPT2, IDS, MODELS, answer, calm, drawn
 from tersor.codec import load, read_header, save
 from tersor.errors import FileError, ModelError
+from tersor.methods import run
 from tersor.methods.quantize.rtn import rtn
 from tersor.surgery.coupling import couple
 from tersor.surgery.cut import cut
 from tersor.surgery.skip import Skipped, returned, skip
 from tersor.surgery.structure import Structure, note, structure_of
+from tersor.task import classification
 
 
 def small(name: str) -> tuple[nn.Module, Tensor]:
@@ -57,6 +59,25 @@ def test_a_network_that_was_not_cut_must_have_the_shapes_of_the_file(tmp_path):
     assert read_header(path).structure == {}
     with pytest.raises(FileError, match=r'"weight" has shape \(3, 4\) in the file and \(3, 5\)'):
         load(path, into=nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("made_by", ["svd", "tensor_train"])
+def test_a_cut_network_of_chains_too(made_by, tmp_path):
+    def wide() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            *(nn.Linear(32, 128), nn.ReLU()), *(nn.Linear(128, 64), nn.ReLU()), nn.Linear(64, 16)
+        ).eval()
+
+    x = torch.randn(64, 32)
+    steps = [
+        {"method": "cut.channels", "options": {"keep": 0.6}},
+        {"method": f"factorize.{made_by}", "options": {"keep": 0.6}},
+    ]
+    done = run(wide(), steps, classification(calibration=x, holdout=x[:8]))
+    assert structure_of(done).chains
+    path = save(done, tmp_path / "small.tersor", graph=False)
+    assert torch.equal(answer(load(path, into=wide()), x), answer(done, x))
 
 
 class Block(nn.Module):

@@ -75,7 +75,7 @@ def _restructure(model: nn.Module, structure: Structure, items: Sequence[Item]) 
     try:
         skip(model, structure.skipped)
         put_numbers(model, structure.numbers)
-        put_chains(model, structure.chains)
+        put_chains(model, structure.chains, cut=structure.cut)
         if structure.cut:
             shrink(model, {name: tuple(item.shape) for e, item in items for name in e.names})
     except ModelError as error:

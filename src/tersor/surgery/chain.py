@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tersor.errors import ModelError
 from tersor.surgery.links import CONVOLUTIONS, MAKERS, Ranks, fit, sizes_of
+from tersor.surgery.structure import shrink
 from tersor.surgery.walk import kind_of
 
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -159,10 +160,16 @@ def replace(model: nn.Module, layer: nn.Module, chain: Chain) -> None:
                     parent.activation_relu_or_gelu = 0
 
 
-def put_chains(model: nn.Module, chains: Mapping[str, tuple[str, Sequence[int]]]) -> None:
-    """Puts empty chains into a fresh network. chains: by path, how each was made and its ranks.
+def put_chains(
+    model: nn.Module, chains: Mapping[str, tuple[str, Sequence[int]]], *, cut: bool = False
+) -> None:
+    """Puts empty chains into a fresh network.
 
-    Raises ModelError, before anything is changed, for paths and ranks that do not fit.
+    chains: by path, how each was made and its ranks
+    cut: whether layers may have been narrower before they became chains
+
+    Raises ModelError, for a network that was not cut before anything is changed, for paths and
+    ranks that do not fit.
     """
     layers = dict(model.named_modules(remove_duplicate=False))
     found: list[tuple[nn.Module, Chain]] = []
@@ -171,8 +178,22 @@ def put_chains(model: nn.Module, chains: Mapping[str, tuple[str, Sequence[int]]]
         if layer is None or layer is model or any(layer is other for other, _ in found):
             raise ModelError(f'there is no layer "{path}" for a chain to take the place of')
         try:
+            if cut and made_by == "tensor_train":
+                _narrow(layer, ranks)
             found.append((layer, chain_for(layer, made_by, ranks)))
         except ModelError as error:
             raise ModelError(f'"{path}": {error}') from None
     for layer, chain in found:
         replace(model, layer, chain)
+
+
+def _narrow(layer: nn.Module, ranks: Sequence[int]) -> None:
+    """Gives a layer the sizes of a tensor train: its factors are those of the layer as it was cut.
+
+    Other chains are cut down link by link, as any layers are.
+    """
+    count = (len(ranks) + 1) // 3
+    outputs, inputs = math.prod(ranks[count : 2 * count]), math.prod(ranks[:count])
+    turned = kind_of(layer) == "Conv1D"
+    shapes = {"weight": (inputs, outputs) if turned else (outputs, inputs), "bias": (outputs,)}
+    shrink(layer, shapes)
