@@ -31,6 +31,12 @@ CHAINS = {name for name in TABLE if name.startswith("factorize.")}
 BEFORE = {"recover.polish": {"method": "prune.magnitude", "options": {"sparsity": 0.5}}}
 # One that holds no weight by a form: layers use those of others.
 TIES = {"share.layers"}
+# What is promised must hold after a few steps as well as after many.
+QUICK = {
+    "quantize.adaround": {"steps": 60},
+    "quantize.lsq": {"epochs": 4},
+    "quantize.mixed": {"generations": 1},
+}
 # What makes the network itself smaller, and may do so again.
 CUTS = {name for name in TABLE if name.startswith("cut.")}
 BLOCKS = [f"blocks.{n}.{layer}" for n in range(2) for layer in ("up", "down")]
@@ -97,7 +103,7 @@ def steps(name: str, **options: object) -> list[dict[str, object]]:
     """The technique alone, a recovery behind a step that it can recover from."""
     rounded = {"method": "quantize.rtn", "options": {"bits": 3}}
     before = [copy.deepcopy(BEFORE.get(name, rounded))] if name in RECOVERIES else []
-    return [*before, {"method": name, "options": options}]
+    return [*before, {"method": name, "options": {**QUICK.get(name, {}), **options}}]
 
 
 def stored_bits(model: nn.Module) -> int:
