@@ -15,7 +15,7 @@ from tersor.methods.quantize.rtn import rtn
 from tersor.methods.recover.distill import distill
 from tersor.surgery import walk
 from tersor.task import Task, classification, regression
-from tersor.train import Teacher
+from tersor.train import Lesson, Teacher
 
 
 def net() -> nn.Sequential:
@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_the_paper(task):
     soft = functional.softmax(wanted / 3, 1)
     expected = 9 * functional.cross_entropy(found / 3, soft)
     (slope,) = torch.autograd.grad(expected, found)
-    (own,) = torch.autograd.grad(teacher.loss(found, (None, wanted)), found)
+    (own,) = torch.autograd.grad(teacher.loss(found, Lesson(None, answer=wanted)), found)
     assert torch.allclose(own, slope, atol=1e-6)
 
 

@@ -8,8 +8,7 @@ from torch import nn
 
 from tersor.errors import ModelError, TaskError
 from tersor.task import classification
-from tersor.train import Labels, answers, fit
-from tersor.train.loop import rate_at
+from tersor.train import Labels, Lesson, Training, answers, fit
 
 
 def blobs(n: int = 96, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,9 +40,16 @@ def trained(model, lessons, *, judge=None, epochs=4, seed=0, rate=0.05, **option
 
 def test_the_rate_rises_on_a_line_and_falls_on_half_a_cosine():
     # 2 of 10 steps are warm-up; 8 remain, of which the middle one has half of the rate.
-    assert [rate_at(step, 10, 2) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
-    assert rate_at(9, 10, 2) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    assert rate_at(10, 10, 2) == 0.0
+    cosine = Training(warmup=0.2)
+    assert [cosine.rate(step, 10) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
+    assert cosine.rate(9, 10) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert cosine.rate(10, 10) == 0.0
+
+
+def test_a_line_falls_to_zero_and_a_constant_does_not():
+    line, constant = Training("linear", warmup=0.2), Training("constant", warmup=0)
+    assert [line.rate(step, 10) for step in (1, 2, 6, 10)] == [1.0, 1.0, 0.5, 0.0]
+    assert [constant.rate(step, 10) for step in (0, 9)] == [1.0, 1.0]
 
 
 def test_it_does_what_a_loop_written_out_does():
@@ -51,7 +57,9 @@ def test_it_does_what_a_loop_written_out_does():
     model, twin = net(), net()
     # A judge that is ever happier, so that the last state is kept.
     verdicts = iter([3.0, 2.0, 1.0])
-    trained(model.train(), Labels(task), epochs=2, judge=lambda: next(verdicts), clip=0.1)
+    trained(
+        model.train(), Labels(task), epochs=2, judge=lambda: next(verdicts), training={"clip": 0.1}
+    )
 
     optimizer = torch.optim.Adam(twin.parameters(), lr=0.05)
     generator, step = torch.Generator().manual_seed(0), 0
@@ -111,12 +119,13 @@ def test_answers_teach_what_labels_would():
     trained(teacher, labels, epochs=8, judge=lambda: float(next(verdicts)))
     task = classification(calibration=blobs(seed=1)[0], holdout=blobs(9)[0], test=blobs(seed=2))
     lessons = answers(teacher.eval(), task, task.calibration())
-    assert [len(answer) for _, answer in lessons.given] == [32, 32, 32]
+    assert [len(lesson.answer) for lesson in lessons.given] == [32, 32, 32]
     student = net(2).eval()
 
     def apart():
         with torch.no_grad():
-            return float(lessons.loss(student(blobs(seed=1)[0]), (0, teacher(blobs(seed=1)[0]))))
+            x = blobs(seed=1)[0]
+            return float(lessons.loss(student(x), Lesson(x, answer=teacher(x))))
 
     fitted = trained(student, lessons, epochs=20, judge=apart)
     assert fitted.after < 0.1 * fitted.before

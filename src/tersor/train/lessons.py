@@ -1,14 +1,15 @@
-"""What a network learns from: labels, or another network's answers to inputs without labels.
+"""What a network learns from: labels, another network's answers to the same inputs, or both.
 
-Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2, for answers as targets.
-Differs: the divergence is the task's own, at temperature 1.
+Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2 and eq. 4, for answers as targets;
+Sun et al. 2024, arXiv:2403.01427, algorithm 1, for logits that are standardized.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,20 @@ from tersor.surgery.hold import decoded
 from tersor.task import Inputs, Task, evaluation_mode
 from tersor.task.data import pieces
 
-Lesson = tuple[Inputs, Tensor]
+T = TypeVar("T")
+_CLASSES = ("classification", "language")
+
+
+class Lesson(NamedTuple):
+    """One batch.
+
+    targets: labels, where there are any
+    answer: what another network says, as rows of `task.predict`
+    """
+
+    inputs: Inputs
+    targets: Tensor | None = None
+    answer: Tensor | None = None
 
 
 class Lessons(Protocol):
@@ -33,8 +47,11 @@ class Lessons(Protocol):
         """Batches in an epoch."""
         ...
 
-    def epoch(self, generator: torch.Generator) -> Iterator[Lesson]:
-        """Every batch once, in an order drawn by `generator`."""
+    def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
+        """Every batch once, in an order drawn by `generator`, without the first `skip`.
+
+        Those are drawn before it returns.
+        """
         ...
 
     def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
@@ -54,13 +71,14 @@ class Labels:
         self._count = self._count or sum(1 for _ in self.task.train())
         return self._count
 
-    def epoch(self, generator: torch.Generator) -> Iterator[Lesson]:
+    def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
         """Training batches, shuffled."""
-        yield from self.task.train(generator)
+        return itertools.starmap(Lesson, _behind(self.task.train(generator), skip))
 
     def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
         """Of the outputs and the labels."""
-        return self.task.loss(outputs, self.task.targets(*lesson))
+        assert lesson.targets is not None
+        return self.task.loss(outputs, self.task.targets(lesson.inputs, lesson.targets))
 
 
 @dataclass(frozen=True)
@@ -74,55 +92,79 @@ class Answers:
         """Batches in an epoch."""
         return len(self.given)
 
-    def epoch(self, generator: torch.Generator) -> Iterator[Lesson]:
+    def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
         """The batches in another order each time."""
-        for place in torch.randperm(len(self.given), generator=generator).tolist():
-            yield self.given[place]
+        order = torch.randperm(len(self.given), generator=generator).tolist()
+        return (self.given[place] for place in order[skip:])
 
     def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
         """Mean divergence of the outputs from the other network's."""
-        return self.task.divergence(lesson[1], outputs).mean()
+        assert lesson.answer is not None
+        return self.task.divergence(lesson.answer, outputs).mean()
 
 
 @dataclass
 class Teacher:
     """Another network's answers, asked for anew each time: a loader may vary its inputs.
 
-    Inputs are those of the training data, whose labels play no part, or else of the calibration
-    data. The loss is the mean divergence, of logits that are divided by the temperature.
+    Inputs are those of the training data, or else of the calibration data. The loss is the mean
+    divergence, of logits that are divided by the temperature.
+
+    standardize: logits of each row to mean 0 and deviation 1 before that, so that a small network
+        need not give numbers as large as the teacher's
+    labels: share of the task's own loss in the whole, 0 to 1; 0 looks at no label
     """
 
     original: nn.Module
     task: Task
     temperature: float = 1.0
+    standardize: bool = False
+    labels: float = 0.0
     _count: int = field(default=0, init=False)
 
     def __len__(self) -> int:
         """Batches in an epoch; reads the data through once."""
-        self._count = self._count or sum(1 for _ in self._inputs(torch.Generator()))
+        self._count = self._count or sum(1 for _ in self._batches(torch.Generator()))
         return self._count
 
-    def epoch(self, generator: torch.Generator) -> Iterator[Lesson]:
+    def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
         """Every batch once, in another order each time, and the answers to it."""
-        for inputs in self._inputs(generator):
-            with evaluation_mode(self.original):
-                answer = self.task.predict(self.original, inputs)
-            yield inputs, answer
+        return map(self._answered, _behind(self._batches(generator), skip))
 
     def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
-        """Mean divergence of the outputs; times the square of the temperature, as its gradient."""
-        wanted = lesson[1]
-        if self.task.kind not in ("classification", "language"):
+        """Mean divergence of the outputs, and the share of the labels' loss."""
+        value = self.apart(outputs, lesson)
+        if self.labels:
+            assert lesson.targets is not None
+            own = self.task.loss(outputs, self.task.targets(lesson.inputs, lesson.targets))
+            value = self.labels * own + (1 - self.labels) * value
+        return value
+
+    def apart(self, outputs: Tensor, lesson: Lesson) -> Tensor:
+        """Mean divergence; times the square of the temperature, as its gradient is without."""
+        wanted = lesson.answer
+        assert wanted is not None
+        if self.task.kind not in _CLASSES:
             return self.task.divergence(wanted, outputs).mean()
+        if self.standardize:
+            wanted, outputs = standardized(wanted), standardized(outputs)
         t = self.temperature
         return t * t * self.task.divergence(wanted / t, outputs / t).mean()
 
-    def _inputs(self, generator: torch.Generator) -> Iterator[Inputs]:
+    def _answered(self, lesson: Lesson) -> Lesson:
+        with evaluation_mode(self.original):
+            return lesson._replace(answer=self.task.predict(self.original, lesson.inputs))
+
+    def _batches(self, generator: torch.Generator) -> Iterator[Lesson]:
         if self.task.has_train:
-            for inputs, _ in self.task.train(generator):
-                yield inputs
-        else:
-            yield from shuffled(self.task.calibration(), generator)
+            return itertools.starmap(Lesson, self.task.train(generator))
+        return map(Lesson, shuffled(self.task.calibration(), generator))
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """(rows, classes) to mean 0 and standard deviation 1 in each row."""
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
 
 
 def shuffled(
@@ -145,4 +187,12 @@ def answers(
     if not batches:
         raise TaskError("there are no calibration inputs to learn from; give the task some")
     with evaluation_mode(original), decoded(original):
-        return Answers(task, [(batch, task.predict(original, batch)) for batch in batches])
+        found = [Lesson(b, answer=task.predict(original, b)) for b in batches]
+    return Answers(task, found)
+
+
+def _behind(batches: Iterator[T], skip: int) -> Iterator[T]:
+    """What follows the first `skip`, which are read now and not with the next one."""
+    for _ in itertools.islice(batches, skip):
+        pass
+    return batches

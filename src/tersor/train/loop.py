@@ -1,22 +1,27 @@
-"""The training loop: warm-up and a cosine, clipped gradients, and the best state is kept.
+"""The training loop. The best state is kept, and a kill loses a few minutes at most.
 
-Source: Loshchilov, Hutter 2017 (SGDR), arXiv:1608.03983, eq. 5 with one period; Goyal et al. 2017,
-arXiv:1706.02677, section 2.2, for the warm-up; Pascanu, Mikolov, Bengio 2013, arXiv:1211.5063,
-algorithm 1, for clipping.
+Sources: see `training`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import ModelError
-from tersor.surgery.hold import held
+from tersor.errors import OptionError, TaskError
+from tersor.train.health import Health
 from tersor.train.lessons import Lesson, Lessons
+from tersor.train.log import Curve, TrainingLog
+from tersor.train.regime import Regime
+from tersor.train.states import Average, Snapshot, put, statistics
+from tersor.train.training import Training
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,14 @@ class Fitted:
     before, after: what `judge` said at the start, and of the state that was kept
     steps: of the optimizer
     epoch: after which the kept state stood, 0 for the start
+    curve: losses, and the judge's word by epoch
     """
 
     before: float
     after: float
     steps: int
     epoch: int
+    curve: Curve
 
 
 def fit(
@@ -43,84 +50,215 @@ def fit(
     epochs: int,
     judge: Callable[[], float],
     generator: torch.Generator,
-    warmup: float = 0.05,
-    clip: float = 1.0,
+    training: Training | Mapping[str, Any] | None = None,
+    regimes: Sequence[Regime] = (),
+    log: TrainingLog | None = None,
 ) -> Fitted:
     """Trains what `optimizer` holds, in place, and leaves the state that `judge` found best.
 
-    The rates that the optimizer was made with are the highest. The start counts as a state too.
+    The rates that the optimizer was made with are the highest. The start counts as a state too,
+    unless a regime has yet to do its work.
 
     loss: of one batch; may differ from `lessons.loss`, where something is to be done before
     judge: called before the first epoch and after each; the lower the better
     generator: draws the order of the batches
-    warmup: share of the steps in which the rate rises
-    clip: the largest length of all gradients together
+    training: schedule, averages, precision and the like
+    regimes: what happens beside the lessons
+    log: where it shows itself, and is kept; it goes on from what is kept there. Bit by bit as if
+        never killed, if batches depend on `generator` and torch's own random numbers alone
 
-    Raises ModelError where a loss or a gradient is not finite. The best state so far is back then,
+    Raises TaskError without batches, ModelError where training fails: a loss or a gradient that is
+    not finite, a loss that explodes, gradients that are gone. The best state so far is back then,
     as it is after whatever else stops the training.
     """
-    steps = epochs * len(lessons)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_at(step, steps, math.ceil(warmup * steps))
-    )
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = _State([*trained, *_statistics(model)])
-    before = best = judge()
-    step, best_epoch = 0, 0
+    if not len(lessons):
+        raise TaskError("there are no batches to train on; give the task train=(inputs, targets)")
+    run = _Run(
+        model, optimizer, lessons, loss, epochs, judge, generator, Training.of(training), regimes,
+        log or TrainingLog(show=False),
+    )  # fmt: skip
+    run.start()
     try:
-        for epoch in range(1, epochs + 1):
-            for lesson in lessons.epoch(generator):
-                step += 1
-                optimizer.zero_grad()
-                value = loss(lesson)
-                value.backward()  # type: ignore[no-untyped-call]
-                length = nn.utils.clip_grad_norm_(trained, clip)
-                _check("loss", value, step, steps)
-                _check("length of the gradient", length, step, steps)
-                optimizer.step()
-                schedule.step()
-            found = judge()
-            if found < best:
-                best, best_epoch = found, epoch
-                kept.note()
+        run.train()
     finally:
-        kept.restore()
-    return Fitted(before, best, step, best_epoch)
+        run.kept.restore()
+    return Fitted(run.curve.judged[0], run.best, run.step, run.best_epoch, run.curve)
 
 
-def rate_at(step: int, steps: int, warmup: int) -> float:
-    """Share of the highest rate at `step`, counted from 0: a line up, then half a cosine down."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+@dataclass
+class _Run:
+    """One training. Everything below `log` is what a checkpoint holds."""
 
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lessons: Lessons
+    loss: Callable[[Lesson], Tensor]
+    epochs: int
+    judge: Callable[[], float]
+    generator: torch.Generator
+    settings: Training
+    regimes: Sequence[Regime]
+    log: TrainingLog
+    epoch: int = 0
+    batches: int = 0
+    step: int = 0
+    best: float = math.inf
+    best_epoch: int = 0
+    curve: Curve = field(default_factory=Curve)
 
-def _statistics(model: nn.Module) -> list[Tensor]:
-    """Buffers, as of batch norms, that training changes; those of forms it does not."""
-    stored = {id(buffer) for _, form in held(model) for buffer in form.buffers()}
-    return [buffer for buffer in model.buffers() if id(buffer) not in stored]
+    def start(self) -> None:
+        """At the beginning, or where a checkpoint says."""
+        per_epoch = -(-len(self.lessons) // self.settings.accumulate)
+        self.steps = self.epochs * per_epoch
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.tensors = [*self.trained, *statistics(self.model)]
+        self.kept = Snapshot(self.tensors)
+        decay = self.settings.ema
+        self.average = None if decay is None else Average(self.tensors, decay)
+        device = self.trained[0].device.type
+        half = self.settings.precision == "float16"
+        self.scaler = torch.amp.GradScaler(device, enabled=half)
+        self.health = Health(self.steps)
+        self.random: tuple[Tensor, Tensor] | None = None
+        for regime in self.regimes:
+            regime.begin(self.model, self.steps)
+        if (state := self.log.read()) is not None:
+            self._restore(state)
+        else:
+            self._judge()
 
+    def train(self) -> None:
+        """All that is left."""
+        with self.log.bar(self.steps, self.step) as bar:
+            while self.epoch < self.epochs and not self._stale():
+                for group in self._groups():
+                    value = self._step(group)
+                    self.curve.add(value)
+                    bar.step(value)
+                    self.batches += len(group)
+                    if self.log.due():
+                        self.log.store(self._state())
+                self.epoch += 1
+                self.batches, self.random = 0, None
+                self._judge()
+                self.log.store(self._state())
 
-class _State:
-    """The values of tensors at some time."""
+    def _groups(self) -> Iterator[list[Lesson]]:
+        """The batches of each step of this epoch, without those that a checkpoint has seen."""
+        if self.random is None:
+            self.random = (self.generator.get_state(), torch.get_rng_state())
+            lessons = self.lessons.epoch(self.generator)
+        else:
+            now = torch.get_rng_state()
+            self.generator.set_state(self.random[0])
+            torch.set_rng_state(self.random[1])
+            lessons = self.lessons.epoch(self.generator, self.batches)
+            torch.set_rng_state(now)
+        while group := list(itertools.islice(lessons, self.settings.accumulate)):
+            yield group
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self.note()
+    def _step(self, group: Sequence[Lesson]) -> float:
+        """One step of the optimizer. Returns the loss."""
+        share = self.settings.rate(self.step, self.steps)
+        for settings, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            settings["lr"] = rate * share
+        self.optimizer.zero_grad()
+        total = 0.0
+        for lesson in group:
+            with torch.enable_grad(), self._precision():
+                value = self.loss(lesson) / len(group)
+            total += float(value.detach())
+            self.health.check_loss(total, self.step)
+            self.scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+        self._penalize()
+        self.scaler.unscale_(self.optimizer)
+        for regime in self.regimes:
+            regime.gradients(self.step)
+        length = nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+        if self.health.may_step(float(length), self.step, self.scaler):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.scaler.update(self.scaler.get_scale() / 2)
+        for regime in self.regimes:
+            regime.after(self.step)
+        if self.average is not None:
+            self.average.add()
+        self.step += 1
+        return total
 
-    def note(self) -> None:
-        self._values = [tensor.detach().clone() for tensor in self._tensors]
+    def _penalize(self) -> None:
+        for regime in self.regimes:
+            with torch.enable_grad():
+                penalty = regime.penalty(self.step)
+            if penalty is not None:
+                self.health.check_loss(float(penalty.detach()), self.step)
+                self.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
 
-    def restore(self) -> None:
-        with torch.no_grad():
-            for tensor, value in zip(self._tensors, self._values, strict=True):
-                tensor.copy_(value)
+    def _precision(self) -> Any:
+        """Inside, products are in few bits if that was asked for."""
+        if self.settings.precision == "float32":
+            return nullcontext()
+        dtype = getattr(torch, self.settings.precision)
+        return torch.autocast(self.trained[0].device.type, dtype)
 
+    def _judge(self) -> None:
+        """Keeps this state if it is the best so far."""
+        with nullcontext() if self.average is None else self.average.shown():
+            for regime in self.regimes:
+                regime.enforce()
+            found = self.judge()
+            self.curve.judged.append(found)
+            if found < self.best and all(regime.settled for regime in self.regimes):
+                self.best, self.best_epoch = found, self.epoch
+                self.kept.note()
 
-def _check(what: str, value: Tensor, step: int, steps: int) -> None:
-    if not bool(value.isfinite()):
-        raise ModelError(
-            f"training stopped in step {step} of {steps}: the {what} is {value.item()}; the "
-            "network is as it was at its best before. Ask for more bits or a lower rate, or look "
-            "for inputs that bring it about"
-        )
+    def _stale(self) -> bool:
+        patience = self.settings.patience
+        settled = all(regime.settled for regime in self.regimes)
+        return patience is not None and settled and self.epoch - self.best_epoch >= patience
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "shapes": [list(tensor.shape) for tensor in self.tensors],
+            "steps": self.steps,
+            "at": [self.epoch, self.batches, self.step, self.best, self.best_epoch],
+            "curve": self.curve.state(),
+            "tensors": self.tensors,
+            "kept": self.kept.values,
+            "average": None if self.average is None else self.average.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "health": self.health.state(),
+            "regimes": [regime.state() for regime in self.regimes],
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "epoch_random": self.random and list(self.random),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        shapes = [list(tensor.shape) for tensor in self.tensors]
+        if state["shapes"] != shapes or state["steps"] != self.steps:
+            raise OptionError(
+                f"{self.log.path} holds a training of another network, or of {state['steps']} "
+                f"steps where this one has {self.steps}; delete it to start anew, or name another "
+                "folder"
+            )
+        self.epoch, self.batches, self.step, self.best, self.best_epoch = state["at"]
+        self.curve = Curve.of(state["curve"])
+        put(self.tensors, state["tensors"])
+        self.kept.values = [
+            value.to(tensor.device)
+            for value, tensor in zip(state["kept"], self.tensors, strict=True)
+        ]
+        if self.average is not None:
+            self.average.restore(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.health.restore(state["health"])
+        for regime, kept in zip(self.regimes, state["regimes"], strict=True):
+            regime.restore(kept)
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        self.random = state["epoch_random"] and tuple(state["epoch_random"])

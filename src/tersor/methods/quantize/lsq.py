@@ -84,12 +84,11 @@ def lsq(
     lessons = Labels(task) if task.has_train else answers(original, task, batches)
 
     def loss(lesson: Lesson) -> Tensor:
-        with torch.enable_grad():
-            outputs = task.predict(model, lesson[0])
-            value = lessons.loss(outputs, lesson)
+        outputs = task.predict(model, lesson.inputs)
+        value = lessons.loss(outputs, lesson)
         if task.has_train:
             with evaluation_mode(original):
-                answer = task.predict(original, lesson[0])
+                answer = task.predict(original, lesson.inputs)
             value = value + task.divergence(answer, outputs).mean()
         return value
 

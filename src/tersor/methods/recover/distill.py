@@ -67,12 +67,12 @@ def distill(
 
     def loss(lesson: Lesson) -> Tensor:
         with _learning(model), torch.enable_grad():
-            return lessons.loss(task.predict(model, lesson[0]), lesson)
+            return lessons.loss(task.predict(model, lesson.inputs), lesson)
 
     def judge() -> float:
         return divergence_of(model, task, held_out, wanted)
 
-    with differentiable(parameters), decoded(original), torch.enable_grad():
+    with differentiable(parameters), decoded(original):
         fitted = fit(
             model,
             torch.optim.Adam(parameters, lr=rate),

@@ -67,8 +67,8 @@ def scales(
     wanted = reference_outputs(original, task, held_out)
 
     def loss(lesson: Lesson) -> Tensor:
-        with torch.enable_grad(), shown(tuned):
-            return lessons.loss(task.predict(model, lesson[0]), lesson)
+        with shown(tuned):
+            return lessons.loss(task.predict(model, lesson.inputs), lesson)
 
     def judge() -> float:
         with torch.no_grad(), shown(tuned):

@@ -1,0 +1,74 @@
+"""What tells that a training has failed: it is stopped in the step where that shows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tersor.errors import ModelError
+
+_FIRST = 10
+"""Steps whose losses say what is usual."""
+_EXPLODED = 1e4
+"""A loss so many times the largest of those, or of 1, comes back no more."""
+_DEAD = 20
+"""Steps without any gradient, in a row."""
+_SMALLEST_SCALE = 2.0**-14
+"""Of a loss in float16; gradients that overflow even so are no matter of scale."""
+_BACK = "the network is as it was at its best before"
+
+
+class Health:
+    """Watches losses and gradients. Raises ModelError with the step, the value and a way out."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._usual = 1.0
+        self._dead = 0
+
+    def check_loss(self, loss: float, step: int) -> None:
+        """Of one batch, or a penalty."""
+        if not math.isfinite(loss):
+            raise self._error(step, f"the loss is {loss}", "Ask for more bits or a lower rate")
+        if step < _FIRST:
+            self._usual = max(self._usual, abs(loss))
+        elif abs(loss) > _EXPLODED * self._usual:
+            raise self._error(
+                step,
+                f"the loss is {loss:.3g}, and was at most {self._usual:.3g} in the first steps",
+                "Use a lower rate, or a longer warm-up (training={'warmup': 0.2})",
+            )
+
+    def may_step(self, length: float, step: int, scaler: Any) -> bool:
+        """False for a step to be left out, since gradients overflow at the scaler's scale.
+
+        length: of all gradients together, before it is clipped
+        """
+        if not math.isfinite(length):
+            if scaler.is_enabled() and scaler.get_scale() > _SMALLEST_SCALE:
+                return False
+            raise self._error(
+                step, f"the length of the gradient is {length}", "Ask for more bits or a lower rate"
+            )
+        self._dead = self._dead + 1 if length == 0 else 0
+        if self._dead == _DEAD:
+            raise self._error(
+                step,
+                f"no gradient has reached the network for {_DEAD} steps",
+                "Use a lower rate, or look for layers whose outputs are all zero",
+            )
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {"usual": self._usual, "dead": self._dead}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self._usual, self._dead = state["usual"], state["dead"]
+
+    def _error(self, step: int, what: str, way_out: str) -> ModelError:
+        return ModelError(
+            f"training stopped in step {step + 1} of {self._steps}: {what}; {_BACK}. {way_out}, or "
+            "look for inputs that bring it about"
+        )

@@ -1,0 +1,134 @@
+"""Where a training shows how far it is, and keeps itself for the case that it is killed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tersor.train import checkpoint
+
+_POINTS = 400
+"""Of a curve, at most; then two by two become one."""
+
+
+@dataclass
+class Curve:
+    """How a training went.
+
+    losses: means over `stride` steps each, in order
+    judged: by epoch, what the judge said; the first is of the start
+    """
+
+    losses: list[float] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
+    stride: int = 1
+    _open: list[float] = field(default_factory=list)
+
+    def add(self, loss: float) -> None:
+        """The loss of one more step."""
+        self._open.append(loss)
+        if len(self._open) == self.stride:
+            self.losses.append(sum(self._open) / self.stride)
+            self._open.clear()
+        if len(self.losses) == _POINTS:
+            self.losses = [sum(two) / 2 for two in zip(*[iter(self.losses)] * 2, strict=True)]
+            self.stride *= 2
+
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {
+            "losses": list(self.losses),
+            "judged": list(self.judged),
+            "stride": self.stride,
+            "open": list(self._open),
+        }
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Curve:
+        """The inverse of `state`."""
+        return cls(state["losses"], state["judged"], state["stride"], state["open"])
+
+
+class TrainingLog:
+    """Follows the trainings of a recipe: pass it to `run`, read `curves` behind it.
+
+    folder: where checkpoints go; the same recipe with the same folder goes on where it was killed.
+        None keeps none
+    minutes: between two checkpoints inside an epoch; there is one behind each epoch
+    show: draw a progress bar with the time that remains, if standard error is a terminal
+    """
+
+    def __init__(
+        self, folder: str | Path | None = None, *, minutes: float = 5.0, show: bool = True
+    ) -> None:
+        self.curves: dict[str, Curve] = {}
+        self.name = "training"
+        self._folder = None if folder is None else Path(folder)
+        self._seconds = 60 * minutes
+        self._show = show
+        self._written = time.monotonic()
+
+    @property
+    def path(self) -> Path | None:
+        """Of the checkpoint of the training in hand."""
+        return self._folder and self._folder / f"{self.name}.training.safetensors"
+
+    def read(self) -> dict[str, Any] | None:
+        """What was kept of the training in hand."""
+        self._written = time.monotonic()
+        return None if self.path is None else checkpoint.read(self.path)
+
+    def due(self) -> bool:
+        """Whether the last checkpoint is old."""
+        return self.path is not None and time.monotonic() - self._written >= self._seconds
+
+    def store(self, state: dict[str, Any]) -> None:
+        """Keeps the training in hand, in place of what was kept of it."""
+        if self.path is not None:
+            checkpoint.store(self.path, state)
+            self._written = time.monotonic()
+
+    def bar(self, steps: int, done: int) -> Bar:
+        """Shows the training in hand."""
+        return Bar(self.name, steps, done, shown=self._show)
+
+
+class Bar:
+    """Steps done, the loss, and the time that remains, on standard error."""
+
+    def __init__(self, name: str, steps: int, done: int, *, shown: bool) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn(name),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4g}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and console.is_terminal),
+            transient=True,
+        )
+        self._task = self._progress.add_task(name, total=steps, completed=done, loss=float("nan"))
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, loss: float) -> None:
+        """One more is done."""
+        self._progress.update(self._task, advance=1, loss=loss)

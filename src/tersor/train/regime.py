@@ -1,0 +1,43 @@
+"""What may happen in training beside the lessons: masks, penalties, exchanged gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Regime:
+    """Does nothing; a regime overrides what it needs. `fit` and the callbacks call it in turn.
+
+    Its work may stretch over the whole training, as that of a mask that grows: no state counts as
+    the result before `settled`.
+    """
+
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """Before the first step of `steps`; also of a training that is about to be resumed."""
+
+    def penalty(self, step: int) -> Tensor | None:
+        """What is added to the loss of `step`, counted from 0."""
+        return None
+
+    def gradients(self, step: int) -> None:
+        """Behind the backward pass, before gradients are clipped."""
+
+    def after(self, step: int) -> None:
+        """Behind the optimizer's step."""
+
+    def enforce(self) -> None:
+        """Puts into the weights what must hold for them: they may just have been averaged."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether what the network is now may be the result."""
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers and names that `restore` needs to go on from here."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`; called behind `begin`."""

@@ -1,0 +1,90 @@
+"""States of the tensors that training changes: the best so far, and a running average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tersor.surgery.hold import held
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    """Buffers, as of batch norms, that training changes; those of forms it does not."""
+    stored = {id(buffer) for _, form in held(model) for buffer in form.buffers()}
+    return [buffer for buffer in model.buffers() if id(buffer) not in stored]
+
+
+class Snapshot:
+    """The values of tensors at some time."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self.note()
+
+    def note(self) -> None:
+        """Keeps the values of now."""
+        self.values = [tensor.detach().clone() for tensor in self._tensors]
+
+    def restore(self) -> None:
+        """Puts the kept values back."""
+        put(self._tensors, self.values)
+
+
+class Average:
+    """An exponential moving average of tensors, over fewer steps at the start (as of 1/10).
+
+    Source: Polyak, Juditsky 1992; the start as in Cai et al. 2021, arXiv:2102.13086, section 3
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], decay: float) -> None:
+        self._tensors, self._decay, self._steps = tensors, decay, 0
+        self.values = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """One step more."""
+        self._steps += 1
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        for value, tensor in zip(self.values, self._tensors, strict=True):
+            if value.is_floating_point():
+                value.lerp_(tensor, 1 - decay)
+            else:
+                value.copy_(tensor)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The network is its average inside; what happens to its tensors there happens to it."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def state(self) -> dict[str, object]:
+        """As a checkpoint holds it."""
+        return {"steps": self._steps, "values": self.values}
+
+    def restore(self, state: dict[str, object]) -> None:
+        """The inverse of `state`."""
+        steps, values = state["steps"], state["values"]
+        assert isinstance(steps, int)
+        assert isinstance(values, list)
+        self._steps = steps
+        put(self.values, values)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for value, tensor in zip(self.values, self._tensors, strict=True):
+            kept = tensor.clone()
+            tensor.copy_(value)
+            value.copy_(kept)
+
+
+@torch.no_grad()
+def put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Values into tensors, one by one."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)

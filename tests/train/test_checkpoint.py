@@ -1,0 +1,148 @@
+"""A training that is stopped goes on as if it had not been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.errors import OptionError
+from tersor.task import classification
+from tersor.train import Labels, TrainingLog, fit
+from tersor.train.checkpoint import read, store
+from train.test_loop import blobs
+
+
+class Stop(Exception):
+    pass
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    parts = (nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+    return nn.Sequential(*parts)
+
+
+def train(folder=None, *, stop=None, optimizer="Adam", width=16, minutes=0.0, epochs=3):
+    """12 steps in an epoch; `minutes=0` writes a checkpoint behind each of them."""
+    model = net().train() if width == 16 else nn.Linear(2, 3)
+    torch.manual_seed(1)
+    lessons, seen = Labels(classification(train=blobs(), batch_size=8)), []
+
+    def loss(lesson):
+        seen.append(None)
+        if len(seen) == stop:
+            raise Stop
+        return lessons.loss(model(lesson.inputs), lesson)
+
+    def judge():
+        with torch.no_grad():
+            x, y = blobs(seed=3)
+            return float(nn.functional.cross_entropy(model(x), y))
+
+    fitted = fit(
+        model,
+        getattr(torch.optim, optimizer)(model.parameters(), lr=0.02),
+        lessons,
+        loss,
+        epochs=epochs,
+        judge=judge,
+        generator=torch.Generator().manual_seed(0),
+        training={"ema": 0.9, "accumulate": 2},
+        log=TrainingLog(folder, minutes=minutes),
+    )
+    return model, fitted
+
+
+@pytest.mark.parametrize("stop", [1, 2, 7, 12, 13, 20, 36])
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_where_it_stops_makes_no_difference(stop, optimizer, tmp_path):
+    expected, whole = train(optimizer=optimizer)
+    with pytest.raises(Stop):
+        train(tmp_path, stop=stop, optimizer=optimizer)
+    model, fitted = train(tmp_path, optimizer=optimizer)
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert fitted == whole
+
+
+def test_a_finished_training_is_not_done_again(tmp_path):
+    expected, whole = train(tmp_path)
+    model, fitted = train(tmp_path, stop=1)
+    assert fitted == whole
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True)
+    )
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    train(tmp_path)
+    with pytest.raises(OptionError, match="another network"):
+        train(tmp_path, width=3)
+    with pytest.raises(OptionError, match="18 steps where this one has 24"):
+        train(tmp_path, epochs=4)
+
+
+def test_what_is_stored_comes_back(tmp_path):
+    state = {"a": [torch.arange(3), {1: torch.tensor(2.5), "x": None}], "b": [1, "two", 3.0, True]}
+    store(tmp_path / "deep" / "x.safetensors", state)
+    found = read(tmp_path / "deep" / "x.safetensors")
+    assert found["b"] == state["b"]
+    assert torch.equal(found["a"][0], state["a"][0])
+    assert found["a"][1][1] == 2.5
+    assert found["a"][1]["x"] is None
+    assert read(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", bytes(100)])
+def test_another_file_is_refused(content, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(OptionError, match="holds no training"):
+        read(path)
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = [{tests!r}]
+import torch
+torch.set_num_threads(1)
+from train.test_checkpoint import train
+from safetensors.torch import save_file
+print("go", flush=True)
+model, fitted = train({folder!r}, minutes=0.0, epochs=40)
+save_file(model.state_dict(), {out!r})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
+def test_killed_at_random_moments_the_weights_are_the_same(tmp_path):
+    tests = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def start(folder, out):
+        code = PROGRAM.format(tests=tests, folder=str(folder), out=str(out))
+        return subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    whole = start(tmp_path / "whole", tmp_path / "whole.safetensors")
+    began = time.monotonic()
+    assert whole.wait(timeout=120) == 0
+    left = time.monotonic() - began
+    kills = 0
+    for number in range(3):
+        process = start(tmp_path / "killed", tmp_path / "killed.safetensors")
+        process.stdout.readline()
+        time.sleep(left * 0.1 * (number + 1) / 3)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills
+    assert start(tmp_path / "killed", tmp_path / "killed.safetensors").wait(timeout=120) == 0
+    one, other = (tmp_path / f"{name}.safetensors" for name in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
