@@ -64,7 +64,7 @@ RECIPES: dict[str, Steps] = {
 }
 LAYERS: dict[str, Steps] = {
     "layers 80 %": [step("share.layers", size=0.8)],
-    "layers 80 % + distill": [step("share.layers", size=0.8), step("recover.distill")],
+    "layers 80 % + distill": [step("share.layers", size=0.8), step("distill.logits")],
 }
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tersor.Task], dict[str, Steps]]] = {
     "mobilenet_v1": (zoo.mobilenet_v1, imagenet, RECIPES),

@@ -112,9 +112,9 @@ def resnet(name: str) -> dict[str, Any]:
         "kept": [step.outcome["kept"] for step in cut.recipe.steps],
     }
     print(found, flush=True)
-    options = {"epochs": 3, "rate": 2e-3, "temperature": 16.0}
+    options = {"epochs": 3, "rate": 2e-3, "temperature": 64.0}
     tuned, seconds = timed(
-        lambda: run(cut, [{"method": "recover.distill", "options": options}], task, original=model)
+        lambda: run(cut, [{"method": "distill.logits", "options": options}], task, original=model)
     )
     found["distilled"] = {**options, "accuracy": accuracy(tuned, task), "seconds": seconds}
     return found
@@ -148,7 +148,7 @@ def minilm(_: str) -> dict[str, Any]:
     print(found, flush=True)
     options = {"epochs": 3, "rate": 3e-4}
     tuned, seconds = timed(
-        lambda: run(cut, [{"method": "recover.distill", "options": options}], task, original=model)
+        lambda: run(cut, [{"method": "distill.logits", "options": options}], task, original=model)
     )
     found["distilled"] = {**options, **task.evaluate(tuned), "seconds": seconds}
     found["onnxruntime"] = {str(n): faster(model, tuned, task, n) for n in (1, 32)}

@@ -25,9 +25,9 @@ from tersor.surgery.walk import check_finite
 P = ParamSpec("P")
 Outcome = dict[str, Any]
 
-# What a caller or `run` hands to a method and no recipe holds: the data, the network as it was, and
-# what was found out about it before.
-GIVEN = frozenset({"task", "original", "known"})
+# What a caller or `run` hands to a method and no recipe holds: the data, the network as it was,
+# what was found out about it before, and where trainings show and keep themselves.
+GIVEN = frozenset({"task", "original", "known", "log"})
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tersor.task import Task, classification
 every_technique = pytest.mark.parametrize("name", TABLE)
 
 # A recovery makes nothing smaller, and comes after a step that does.
-RECOVERIES = {name for name in TABLE if name.startswith("recover.")}
+RECOVERIES = {name for name in TABLE if name.startswith(("recover.", "distill."))}
 # A preparation makes nothing smaller either, and comes before.
 PREPARATIONS = {name for name in TABLE if name.startswith("transform.")}
 # Several plain layers take the place of one; no form holds a weight, and some layers stay whole.
@@ -33,6 +33,7 @@ BEFORE = {"recover.polish": {"method": "prune.magnitude", "options": {"sparsity"
 TIES = {"share.layers"}
 # What is promised must hold after a few steps as well as after many.
 QUICK = {
+    "prune.gradual": {"sparsity": 0.5, "epochs": 2},
     "quantize.adaround": {"steps": 60},
     "quantize.lsq": {"epochs": 4},
     "quantize.mixed": {"generations": 1},
@@ -132,8 +133,8 @@ def test_every_technique_is_named_by_its_file():
 @every_technique
 def test_options_are_few_have_defaults_and_are_explained(name):
     defaults = defaults_of(TABLE[name])
-    # Which layers is one choice.
-    assert len(defaults.keys() - {"include", "exclude"}) <= 5
+    # Which layers is one choice; how the loop trains is explained in one place for all.
+    assert len(defaults.keys() - {"include", "exclude", "training", "generator"}) <= 5
     assert inspect.Parameter.empty not in defaults.values()
     json.dumps(defaults)
     for option in defaults:

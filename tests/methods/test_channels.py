@@ -341,3 +341,13 @@ def test_half_of_a_real_network_goes_without_training(shared_data):
     channels(model, task, keep=0.476)
     assert before / macs(model, images[:2]).total >= 2.1
     assert task.evaluate(model)["accuracy"] >= 80
+
+
+@pytest.mark.parametrize("criterion", ["activation", "apoz"])
+def test_readers_whose_inputs_are_not_seen_are_passed_over(criterion):
+    torch.manual_seed(0)
+    up = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2)).eval()
+    task = classification(calibration=torch.randn(8, 3, 8, 8))
+    task.predict = lambda model, inputs: model(inputs).mean((2, 3))
+    with pytest.raises(OptionError, match="inputs cannot be seen"):
+        channels(up, task, criterion=criterion, merge=False)

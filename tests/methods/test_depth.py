@@ -125,3 +125,49 @@ def test_a_real_language_model_loses_a_layer(shared_data):
     depth(model, task, samples=8)
     assert len(skipped(model)) == 1
     assert model(before[:1]).isfinite().all()
+
+
+def test_of_blocks_in_each_other_one_counts():
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([tower(0.1, 0.2, 0.3)[:3] for _ in range(3)])
+            self.out = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.out(x)
+
+    for criterion in ("influence", "divergence"):
+        model = depth(Nested().eval(), task_of(), blocks=3, criterion=criterion)
+        found = skipped(model)
+        assert len(found) == 3
+        assert not any(a != b and a.startswith(f"{b}.") for a in found for b in found)
+
+
+def test_a_block_that_goes_on_from_another_input_is_left():
+    class Masked(Block):
+        def forward(self, mask: Tensor, x: Tensor) -> Tensor:
+            return x + self.inner(x * mask).relu()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList([Masked(6, 0.1) for _ in range(3)])
+            self.out = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones_like(x)
+            for block in self.blocks:
+                x = block(mask, x)
+            return self.out(x)
+
+    with pytest.raises(OptionError, match="has 0 that can be skipped"):
+        depth(Net().eval(), task_of())
+
+
+def test_a_head_in_the_list_is_no_block_that_stays():
+    with pytest.raises(OptionError, match="has 3 that can be skipped"):
+        depth(tower(0.1, 0.2, 0.3, 0.4), task_of(), blocks=4)

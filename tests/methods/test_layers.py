@@ -14,7 +14,7 @@ from tersor.measure import divergence_of, reference_outputs
 from tersor.methods import run
 from tersor.methods.share.layers import alike, layers
 from tersor.surgery import walk
-from tersor.task import regression
+from tersor.task import classification, regression
 
 
 class Block(nn.Module):
@@ -201,3 +201,12 @@ def test_what_cannot_be_tied_is_refused():
         run(rounded, [{"method": "share.layers", "options": {}}], task())
     with pytest.raises(OptionError, match="include='Conv9d'"):
         layers(deep(), task(), include="Conv9d")
+
+
+@pytest.mark.parametrize("blocks", [7, 49])
+def test_one_block_of_many_is_a_share_that_can_be_asked_for(blocks):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(blocks)]).eval()
+    task = classification(calibration=torch.randn(16, 4))
+    layers(model, task, size=1 / blocks)
+    assert len({id(layer.weight) for layer in model}) == 1

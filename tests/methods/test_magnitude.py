@@ -206,3 +206,14 @@ def test_gptq_keeps_the_zeros_and_the_pattern(bits):
         codes = layer.weight_form.codes_form
         assert isinstance(codes, NofM)
         assert (codes.n, codes.m) == (2, 4)
+
+
+def test_a_pattern_that_is_sparse_enough_stays_one():
+    model = nn.Sequential(nn.Linear(8, 4))
+    magnitude(model, sparsity="2:4")
+    magnitude(model, sparsity=0.4)
+    assert site_form(model).kind == "nofm"
+
+
+def site_form(model):
+    return next(iter(walk(model))).form

@@ -124,7 +124,7 @@ def test_what_cannot_be_polished_is_refused():
     pruned = magnitude(copy.deepcopy(original), sparsity=0.5)
     with pytest.raises(TaskError, match=r"recover\.polish needs inputs .*; pass a task"):
         polish(pruned, original=original)
-    with pytest.raises(OptionError, match=r"recover\.polish compares with the network before"):
+    with pytest.raises(OptionError, match=r"recover\.polish compares with another network"):
         polish(pruned, task)
     with pytest.raises(OptionError, match="holds no pruned weight that is not quantized"):
         polish(copy.deepcopy(original), task, original=original)

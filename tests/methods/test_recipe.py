@@ -13,6 +13,7 @@ from tersor.errors import ModelError, OptionError, TaskError
 from tersor.methods import TABLE, read_recipe, replay, run
 from tersor.methods.quantize.rtn import rtn
 from tersor.recipe import Recipe, Step, method, recipe_of
+from tersor.task import classification
 
 
 def net():
@@ -254,3 +255,27 @@ def test_without_a_generator_the_seed_is_zero():
 
 def test_a_technique_of_someone_else_is_named_by_its_module():
     assert noisy(net()).recipe.steps[0].method.endswith("test_recipe.noisy")
+
+
+@pytest.mark.parametrize("first", ["cut.channels", "factorize.svd"])
+@pytest.mark.parametrize("recovery", ["recover.polish", "recover.bias", "recover.batchnorm"])
+def test_recoveries_by_layer_work_behind_other_shapes(first, recovery):
+    torch.manual_seed(0)
+    x = torch.randn(320, 8)
+    task = classification(calibration=x[:256], holdout=x[256:])
+    hidden = (nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU())
+    model = nn.Sequential(*hidden, nn.Linear(16, 5)).eval()
+    steps = [
+        {"method": first, "options": {"keep": 0.6}},
+        {"method": "prune.magnitude", "options": {"sparsity": 0.5}},
+        {"method": recovery},
+    ]
+    outcome = run(model, steps, task).recipe.steps[-1].outcome
+    better = outcome["divergence_after"] <= outcome["divergence_before"]
+    assert outcome["kept"] == better
+
+
+def test_a_compiled_network_is_told_apart():
+    model = torch.compile(nn.Linear(2, 2))
+    with pytest.raises(OptionError, match="_orig_mod"):
+        run(model, [{"method": "quantize.rtn"}])

@@ -8,6 +8,7 @@ from methods.pruned import inputs, task_for
 from surgery.nets import NETS, make
 from tersor.errors import OptionError, TaskError
 from tersor.forms.form import rows
+from tersor.methods import run
 from tersor.methods.prune.wanda import wanda
 from tersor.methods.quantize.rtn import rtn
 from tersor.surgery import walk
@@ -87,3 +88,21 @@ def test_what_cannot_be_pruned_is_refused_and_nothing_is_changed():
     assert type(net[0]) is nn.Linear
     with pytest.raises(OptionError, match=r"'2:4' fits none of the 1 weights: .* its 6 inputs"):
         wanda(nn.Linear(6, 6), task, sparsity="2:4")
+
+
+@pytest.mark.parametrize("method", ["prune.sparsegpt", "prune.obs"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.95])
+def test_groups_of_a_convolution_share_what_a_layer_loses(method, sparsity):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Flatten(), nn.Linear(576, 3)).eval()
+    task = classification(calibration=torch.randn(64, 16, 8, 8))
+    step = {"method": method, "options": {"sparsity": sparsity, "include": "0"}}
+    zeros = int((run(model, [step], task)[0].weight == 0).sum())
+    assert zeros == round(sparsity * 144)
+
+
+@pytest.mark.parametrize(("inputs", "sparsity"), [(2, 0.8), (1, 0.6)])
+def test_rows_that_would_all_be_empty_are_refused(inputs, sparsity):
+    model = nn.Sequential(nn.Linear(inputs, 20)).eval()
+    with pytest.raises(OptionError, match="would remove every weight"):
+        wanda(model, classification(calibration=torch.randn(64, inputs)), sparsity=sparsity)

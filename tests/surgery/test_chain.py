@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.nets import Conv1D
+from tersor.codec import load, save
 from tersor.errors import ModelError
 from tersor.measure import macs
+from tersor.methods import run
 from tersor.surgery.chain import Chain, chain_for, put_chains, replace, whole_because
 from tersor.surgery.links import factors_of, fit, sizes_of, work
+from tersor.task import classification
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 8), (5, 12)),
@@ -248,3 +251,16 @@ def test_chains_that_do_not_fit_change_nothing():
     with pytest.raises(ModelError, match=r'"1": no chain .low_rank. for a Linear: ranks \(9,\)'):
         put_chains(net, {"0": ("low_rank", (2,)), "1": ("low_rank", (9,))})
     assert list(net) == before
+
+
+def test_a_file_is_read_into_the_network_that_it_was_made_of(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+    done = run(
+        model,
+        [{"method": "factorize.svd", "options": {"keep": 0.5}}],
+        classification(calibration=x),
+    )
+    path = save(done, tmp_path / "m.tersor", example=x[:2])
+    assert torch.equal(load(path, into=done)(x), done(x))

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tersor.errors import OptionError, TaskError
 from tersor.task import classification, evaluation_mode, regression
+from tersor.task.data import pieces
 
 
 def points(rows=100, seed=0):
@@ -399,3 +400,16 @@ def test_outputs_of_the_wrong_shape_are_refused():
         task.evaluate(Answers(lambda z: "yes"))
     with pytest.raises(TaskError, match=r"2 values .* targets have shape \(10, 1\)"):
         regression((X, Y.float())).evaluate(sides())
+
+
+@pytest.mark.parametrize(("count", "rows"), [(33, 32), (65, 32), (101, 32), (5, 4), (1, 32)])
+def test_pieces_are_about_as_large_as_each_other(count, rows):
+    parts = list(pieces([torch.arange(count)], rows))
+    assert torch.equal(torch.cat(parts), torch.arange(count))
+    assert max(map(len, parts)) <= rows
+    assert count == 1 or min(map(len, parts)) > 1
+
+
+@pytest.mark.parametrize("count", [34, 66, 6, 100])
+def test_pairs_stay_together_in_pieces(count):
+    assert all(len(part) % 2 == 0 for part in pieces([torch.arange(count)], 32))

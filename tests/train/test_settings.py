@@ -234,10 +234,10 @@ def test_no_batches_is_said():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"emma": 0.9}, "training: emma=0.9"),
-        ({"ema": 1.0}, "training: ema=1.0: Input should be less than 1"),
-        ({"precision": "int8"}, "training: precision='int8'"),
-        ({"accumulate": 0}, "training: accumulate=0"),
+        ({"emma": 0.9}, r"training=.*: emma: "),
+        ({"ema": 1.0}, r"training=.*: ema: Input should be less than 1"),
+        ({"precision": "int8"}, r"training=.*: precision: "),
+        ({"accumulate": 0}, r"training=.*: accumulate: "),
     ],
 )
 def test_wrong_settings_are_named(given, said):

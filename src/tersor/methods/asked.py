@@ -12,11 +12,11 @@ from tersor.task import Inputs, Task
 
 
 def original_of(name: str, original: nn.Module | None) -> nn.Module:
-    """The network before compression. name: of the method. Raises OptionError without it."""
+    """The network to stay close to. name: of the method. Raises OptionError without it."""
     if original is None:
         raise OptionError(
-            f"{name} compares with the network before compression; use run(), which passes it, or "
-            f"{name.rpartition('.')[2]}(model, task, original=network)"
+            f"{name} compares with another network, as that before compression; use run(), which "
+            f"passes it, or {name.rpartition('.')[2]}(model, task, original=network)"
         )
     return original
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,7 +17,7 @@ from tersor.forms.form import rows, unrows
 from tersor.methods.calibrated import problems
 from tersor.methods.columns import Problem
 from tersor.methods.layerwise import Layer, layerwise
-from tersor.methods.sparse import check_uncoded
+from tersor.methods.sparse import check_uncoded, sparse_form
 from tersor.recipe import Outcome
 from tersor.surgery.walk import Patterns, Site, walk
 from tersor.task import Task
@@ -137,6 +138,10 @@ def prune_by(
         if not keep.any():
             raise emptied(site, sparsity, ' or scope="layer"' if scope == "global" else "")
     for site, keep in zip(sites, kept, strict=True):
+        known = isinstance(goal, float) and sparse_form(site.form) is not None
+        # What is as sparse already may say more of the places, as n of m.
+        if known and not bool(((site.weight != 0) & ~keep).any()):
+            continue
         site.hold(sparse(site.weight.masked_fill(~keep, 0), site.axis, goal))
 
 
@@ -150,12 +155,14 @@ def prune_layers(
     samples: int,
     sites: tuple[Patterns, Patterns],
     shares: Shares | None = None,
+    by_row: bool = False,
 ) -> Outcome:
     """Prunes layer after layer, each for what the pruned layers before it give, in place.
 
     name: of the method; sites: include, exclude
     choose: called for each group of a weight's outputs
     shares: what part of its weights each layer loses, by name; None for the same
+    by_row: whether `choose` counts in each row, and not over all that it is given
 
     A weight with as many zeros as asked for keeps its values.
     """
@@ -174,7 +181,11 @@ def prune_layers(
     def prune(layer: Layer) -> Form:
         weight, axis, goal = layer.site.weight, layer.site.axis, goals[layer.site.name]
         if not pruned(layer.matrix, goal):
-            matrix = torch.cat([choose(part, goal) for part in problems(layer)])
+            parts = problems(layer)
+            own = [goal] * len(parts) if by_row else _shared_out(goal, parts)
+            matrix = torch.cat(list(map(choose, parts, own)))
+            if not matrix.any() and layer.matrix.any():
+                raise emptied(layer.site, sparsity)
             weight = unrows(matrix.to(weight.dtype), tuple(weight.shape), axis)
         elif layer.sparse is not None and isinstance(goal, float):
             return layer.sparse
@@ -182,6 +193,15 @@ def prune_layers(
 
     layerwise(model, task, found.sites, prune, samples=samples)
     return found.outcome
+
+
+def _shared_out(goal: Wanted, parts: Sequence[Problem]) -> list[Wanted]:
+    """What each part is to lose, so that together they lose round(goal * n) of n weights."""
+    if isinstance(goal, Pattern):
+        return [goal] * len(parts)
+    sizes = [part.target.numel() for part in parts]
+    ends = [round(goal * end) for end in itertools.accumulate(sizes, initial=0)]
+    return [(stop - start) / size for start, stop, size in zip(ends, ends[1:], sizes, strict=False)]
 
 
 def pruned(matrix: Tensor, goal: Wanted) -> bool:

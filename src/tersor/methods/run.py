@@ -17,8 +17,10 @@ from tersor.methods.effects import Known
 from tersor.methods.order import check_order
 from tersor.methods.table import TABLE
 from tersor.recipe import Recipe, Step, check_options, recipe_of
+from tersor.surgery.structure import structure_of
 from tersor.surgery.walk import check_finite
 from tersor.task import Task
+from tersor.train import TrainingLog
 
 Steps = Recipe | Sequence[Step | dict[str, Any]]
 
@@ -30,6 +32,7 @@ def run(
     *,
     original: nn.Module | None = None,
     known: Known | None = None,
+    log: TrainingLog | None = None,
 ) -> nn.Module:
     """Applies a recipe to a copy of `model` and returns the copy; `model` stays as it is.
 
@@ -38,6 +41,8 @@ def run(
     original: the network to stay close to, where that is not `model`
     known: what was found out about `model` with `task`, for a first step that asks for it (`look`
         of quantize.entropy): running many recipes then does not find it out each time
+    log: where steps that train show how far they are, and keep themselves: the same call with the
+        same folder goes on where it was killed
 
     Raises OptionError before anything is done for an unknown method or option, a value that does
     not fit, or an order that cannot work. An error inside a step says which step it was.
@@ -46,17 +51,24 @@ def run(
     if not steps:
         raise OptionError("the recipe has no steps; give at least one")
     check(steps, before=[step.method for step in recipe_of(model).steps])
+    _check_plain(model)
     check_finite(model)
-    out = copy.deepcopy(model)
+    out, start = copy.deepcopy(model), model if original is None else original
+    layers: nn.Module | None = None
     for number, step in enumerate(steps, 1):
         function = TABLE[step.method]
         where = _where(number, steps)
         options, asked = dict(step.options), signature(function).parameters
+        if layers is None and number > 1 and _keeps_layers(step) and _changed_layers(out, start):
+            layers = copy.deepcopy(out)
         if "original" in asked:
-            options["original"] = model if original is None else original
+            options["original"] = layers if layers and step.method in _BY_LAYER else start
         # Later steps see another network.
         if "known" in asked and number == 1:
             options["known"] = known
+        if "log" in asked and log is not None:
+            log.name = f"{number}-{step.method}"
+            options["log"] = log
         try:
             out = function(out, task, **options)
         except CompressError as error:
@@ -66,6 +78,29 @@ def run(
             error.add_note(f"in {where}")
             raise
     return out
+
+
+# Recoveries that compare layer by layer: what their layers should give is what they gave before
+# they were pruned or quantized, but behind the steps that gave them other shapes.
+_BY_LAYER = {"recover.polish", "recover.batchnorm", "recover.bias", "recover.lqer"}
+
+
+def _keeps_layers(step: Step) -> bool:
+    return step.method.startswith(("prune.", "quantize.", "share.")) and step.method not in (
+        "share.layers",
+    )
+
+
+def _changed_layers(model: nn.Module, original: nn.Module) -> bool:
+    return structure_of(model) != structure_of(original)
+
+
+def _check_plain(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise OptionError(
+            f"{type(model).__name__} wraps a compiled network, whose layers cannot be changed; "
+            "pass the network itself, model._orig_mod, and compile what comes of it"
+        )
 
 
 def replay(model: nn.Module, recipe: Steps | str | Path, task: Task | None = None) -> nn.Module:

@@ -6,6 +6,7 @@ from torch import nn
 
 from tersor.methods.cut.channels import channels
 from tersor.methods.cut.depth import depth
+from tersor.methods.distill.logits import logits
 from tersor.methods.factorize.cp import cp
 from tersor.methods.factorize.nmf import nmf
 from tersor.methods.factorize.svd import svd
@@ -34,7 +35,6 @@ from tersor.methods.quantize.ternary import ternary
 from tersor.methods.quantize.trellis import trellis
 from tersor.methods.recover.batchnorm import batchnorm
 from tersor.methods.recover.bias import bias
-from tersor.methods.recover.distill import distill
 from tersor.methods.recover.lqer import lqer
 from tersor.methods.recover.polish import polish
 from tersor.methods.recover.scales import scales
@@ -85,7 +85,7 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "recover.polish": polish,
     "recover.batchnorm": batchnorm,
     "recover.bias": bias,
-    "recover.distill": distill,
+    "distill.logits": logits,
     "recover.lqer": lqer,
     "recover.scales": scales,
 }

@@ -177,6 +177,8 @@ def put_chains(
         layer = layers.get(path)
         if layer is None or layer is model or any(layer is other for other, _ in found):
             raise ModelError(f'there is no layer "{path}" for a chain to take the place of')
+        if isinstance(layer, Chain) and (layer.made_by, layer.ranks) == (made_by, tuple(ranks)):
+            continue
         try:
             if cut and made_by == "tensor_train":
                 _narrow(layer, ranks)

@@ -33,9 +33,9 @@ def cut(model: nn.Module, inputs: Inputs, coupling: Coupling, units: Sequence[Un
         raise ModelError(f'"{path}" is held by a form, which has a fixed shape; cut first')
     gone = _gone(units)
     _check(model, gone)
-    before = {name: tensor.data for name, tensor in _tensors(model)}
+    before = {name: (tensor.data, tensor.grad) for name, tensor in _tensors(model)}
     lost = _gone_ids(coupling, gone)
-    wanted = [(str(n.target), _kept_shape(value, coupling, lost)) for n, value in coupling.steps]
+    wanted = [(n, _kept_shape(value, coupling, lost)) for n, value in coupling.steps]
     settings = [
         {k: v for k, v in vars(module).items() if isinstance(v, int | tuple | list)}
         for module in model.modules()
@@ -54,7 +54,7 @@ def cut(model: nn.Module, inputs: Inputs, coupling: Coupling, units: Sequence[Un
             )
     except BaseException:
         for name, tensor in _tensors(model):
-            tensor.data = before[name]
+            tensor.data, tensor.grad = before[name]
         for module, saved in zip(model.modules(), settings, strict=True):
             module.__dict__.update(saved)
         raise

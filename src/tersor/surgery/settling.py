@@ -23,8 +23,10 @@ from tersor.surgery.coupling import Coupling, Labelled, shapes, steps
 from tersor.surgery.tracing import first_line, traced
 from tersor.task import Inputs, call, evaluation_mode
 
-Wanted = Sequence[tuple[str, Any]]
-"""Of each step its operator, and the sizes that it should give where they are known."""
+Wanted = Sequence[tuple[Node, Any]]
+"""Each step as it was, and the sizes that it should give where they are known."""
+_NUMBERS = {"add", "sub", "rsub", "mul", "div", "pow", "lerp", "addcmul"}
+"""Operators whose numbers are part of what is computed, where those of others may be sizes."""
 _TOGETHER = 3
 """So many numbers of modules are changed together, at most."""
 
@@ -143,12 +145,25 @@ def _progress(model: nn.Module, inputs: Inputs, wanted: Wanted) -> Progress:
         program = traced(model, inputs, "nothing proves that it still runs")
     except ModelError as error:
         return Progress(calls, 0, path, str(error))
-    for at, (node, (name, expected)) in enumerate(zip(steps(program), wanted, strict=False)):
-        shape = shapes(node.meta.get("val"))
-        if str(node.target) != name or not _agrees(shape, expected):
+    now = steps(program)
+    for at, (node, (before, expected)) in enumerate(zip(now, wanted, strict=False)):
+        shape, where = shapes(node.meta.get("val")), ""
+        if node.target != before.target or not _agrees(shape, expected):
             where = f"{node.name} has shape {shape} and not {expected}"
+        elif _numbers(node) != _numbers(before):
+            where = f"{node.name} computes with its size"
+        if where:
             return Progress(math.inf, at, _paths(node)[0], where)
+    if len(now) != len(wanted):
+        return Progress(math.inf, len(now), "", "the number of its operators depends on its size")
     return Progress(math.inf, math.inf)
+
+
+def _numbers(node: Node) -> list[int | float]:
+    """Those that it computes with."""
+    if not _NUMBERS & {*str(node.target).removesuffix("_").split(".")}:
+        return []
+    return [each for each in node.args if isinstance(each, int | float)]
 
 
 def _agrees(shape: Any, expected: Any) -> bool:

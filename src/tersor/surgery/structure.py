@@ -142,13 +142,14 @@ def shrink(model: nn.Module, shapes: Mapping[str, Shape]) -> None:
     """
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     own |= dict(model.named_buffers(remove_duplicate=False))
-    for name in own.keys() & shapes.keys():
+    both = sorted(own.keys() & shapes.keys())
+    for name in both:
         before, after = tuple(own[name].shape), shapes[name]
         fits = len(before) == len(after) and all(
             0 < a <= b or a == b for b, a in zip(before, after, strict=True)
         )
         _expect(fits, f'"{name}" of shape {before} cannot have been cut to {after}')
-    for name in own.keys() & shapes.keys():
+    for name in both:
         tensor = own[name]
         if tuple(tensor.shape) != shapes[name]:
             tensor.data = torch.empty(shapes[name], dtype=tensor.dtype, device=tensor.device)

@@ -97,10 +97,17 @@ def rows_in(inputs: Inputs) -> int:
 
 
 def pieces(batches: Iterable[Inputs], rows: int) -> Iterator[Inputs]:
-    """The same samples in batches of at most `rows` rows."""
+    """The same samples in batches of at most `rows` rows, about as many in each.
+
+    A batch norm cannot train on a single one that is left over. An even number of rows, which may
+    be pairs, comes in even numbers; `rows` is even then.
+    """
     for batch in batches:
-        for start in range(0, rows_in(batch), rows):
-            yield between(batch, start, start + rows)
+        count = rows_in(batch)
+        size = -(-count // max(1, -(-count // rows)))
+        size += size % 2 if count % 2 == 0 and rows % 2 == 0 else 0
+        for start in range(0, count, max(1, size)):
+            yield between(batch, start, start + size)
 
 
 def between(inputs: Inputs, start: int, stop: int) -> Inputs:

@@ -177,6 +177,18 @@ class Task:
                     found[name].append(metric.sample(outputs, rows))
         return {name: m.reduce(torch.cat(found[name])) for name, m in self.metrics.items()}
 
+    def validate(self, model: nn.Module) -> float | None:
+        """Mean loss on held-out samples with their labels; None where there are no such labels."""
+        total, rows = 0.0, 0
+        with kinds.evaluation_mode(model):
+            for inputs, targets in self._splits["holdout"].batches():
+                if targets is None:
+                    return None
+                wanted = self.targets(inputs, targets)
+                total += len(wanted) * float(self.loss(self.predict(model, inputs), wanted))
+                rows += len(wanted)
+        return total / rows if rows else None
+
     def fingerprint(self) -> str:
         """sha256 of the unlabelled inputs, the test data and the settings: a key for caches."""
         if self._fingerprint is None:

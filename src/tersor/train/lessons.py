@@ -7,20 +7,22 @@ Sun et al. 2024, arXiv:2403.01427, algorithm 1, for logits that are standardized
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import TaskError
+from tersor.errors import ModelError, TaskError
 from tersor.surgery.hold import decoded
 from tersor.task import Inputs, Task, evaluation_mode
 from tersor.task.data import pieces
 
 T = TypeVar("T")
-_CLASSES = ("classification", "language")
+CLASSES = ("classification", "language")
+"""Kinds of tasks whose answers are logits."""
 
 
 class Lesson(NamedTuple):
@@ -28,11 +30,13 @@ class Lesson(NamedTuple):
 
     targets: labels, where there are any
     answer: what another network says, as rows of `task.predict`
+    inside: what was taken down of its layers meanwhile, see `Teacher`
     """
 
     inputs: Inputs
     targets: Tensor | None = None
     answer: Tensor | None = None
+    inside: Any = None
 
 
 class Lessons(Protocol):
@@ -113,6 +117,7 @@ class Teacher:
     standardize: logits of each row to mean 0 and deviation 1 before that, so that a small network
         need not give numbers as large as the teacher's
     labels: share of the task's own loss in the whole, 0 to 1; 0 looks at no label
+    watch: entered around each run of `original`; what it gives goes with the lesson as `inside`
     """
 
     original: nn.Module
@@ -120,6 +125,7 @@ class Teacher:
     temperature: float = 1.0
     standardize: bool = False
     labels: float = 0.0
+    watch: Callable[[], AbstractContextManager[Any]] = nullcontext
     _count: int = field(default=0, init=False)
 
     def __len__(self) -> int:
@@ -142,23 +148,39 @@ class Teacher:
 
     def apart(self, outputs: Tensor, lesson: Lesson) -> Tensor:
         """Mean divergence; times the square of the temperature, as its gradient is without."""
-        wanted = lesson.answer
-        assert wanted is not None
-        if self.task.kind not in _CLASSES:
+        wanted = self.wanted(outputs, lesson)
+        if self.task.kind not in CLASSES:
             return self.task.divergence(wanted, outputs).mean()
         if self.standardize:
             wanted, outputs = standardized(wanted), standardized(outputs)
         t = self.temperature
         return t * t * self.task.divergence(wanted / t, outputs / t).mean()
 
+    def wanted(self, outputs: Tensor, lesson: Lesson) -> Tensor:
+        """The answer to the lesson. Raises ModelError where its rows are not as long."""
+        assert lesson.answer is not None
+        check_alike(lesson.answer, outputs)
+        return lesson.answer
+
     def _answered(self, lesson: Lesson) -> Lesson:
-        with evaluation_mode(self.original):
-            return lesson._replace(answer=self.task.predict(self.original, lesson.inputs))
+        with evaluation_mode(self.original), self.watch() as inside:
+            answer = self.task.predict(self.original, lesson.inputs)
+        return lesson._replace(answer=answer, inside=inside)
 
     def _batches(self, generator: torch.Generator) -> Iterator[Lesson]:
         if self.task.has_train:
             return itertools.starmap(Lesson, self.task.train(generator))
         return map(Lesson, shuffled(self.task.calibration(), generator))
+
+
+def check_alike(wanted: Tensor, outputs: Tensor) -> None:
+    """Raises ModelError unless rows of teacher and network are of one shape."""
+    if wanted.shape[1:] != outputs.shape[1:]:
+        raise ModelError(
+            f"the teacher gives {tuple(wanted.shape[1:])} numbers for each row and the network "
+            f"{tuple(outputs.shape[1:])}; let both tell the same classes apart, as by another last "
+            "layer on one of them"
+        )
 
 
 def standardized(logits: Tensor) -> Tensor:

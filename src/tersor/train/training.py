@@ -9,9 +9,10 @@ arXiv:1710.03740, section 3.2, for scaled losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -33,6 +34,8 @@ class Training:
     precision: of products; "bfloat16" and "float16" by automatic mixed precision, weights stay as
         they are, and the loss is scaled for "float16"
     accumulate: batches whose gradients make one step
+    optimizer: "adam", "adamw", or "sgd" with a momentum of 0.9 after Nesterov
+    decay: of weights, 0 or more: L2 for "adam" and "sgd", decoupled for "adamw"
     """
 
     schedule: Schedule = "cosine"
@@ -42,6 +45,8 @@ class Training:
     patience: Annotated[int, Field(ge=1)] | None = None
     precision: Precision = "float32"
     accumulate: Annotated[int, Field(ge=1)] = 1
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    decay: Annotated[float, Field(ge=0)] = 0.0
 
     @classmethod
     def of(cls, given: Training | Mapping[str, Any] | None) -> Training:
@@ -55,8 +60,17 @@ class Training:
             where = ".".join(str(part) for part in first["loc"])
             known = ", ".join(cls.__dataclass_fields__)
             raise OptionError(
-                f"training: {where}={first['input']!r}: {first['msg']}; the settings are {known}"
+                f"training={dict(given)!r}: {where}: {first['msg']}; the settings are {known}"
             ) from None
+
+    def optimizing(self, parameters: Iterable[Any], rate: float) -> torch.optim.Optimizer:
+        """The optimizer of these parameters, or groups of them. rate: the highest"""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                parameters, lr=rate, momentum=0.9, nesterov=True, weight_decay=self.decay
+            )
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, lr=rate, weight_decay=self.decay)
 
     def rate(self, step: int, steps: int) -> float:
         """Share of the highest rate at `step`, counted from 0, of `steps`."""

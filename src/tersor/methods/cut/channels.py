@@ -3,7 +3,7 @@
 A unit is whatever can only go as a whole: a channel with its batch norm, a neuron, an attention
 head with its share of keys. The network really computes less, in any runtime. What removed units
 gave is merged into those that stay, from a few hundred unlabelled inputs; at half the work a small
-network still needs `recover.distill` after it. For bytes alone quantizing costs less; for a network
+network still needs `distill.logits` after it. For bytes alone quantizing costs less; for a network
 that is wide because it is deep, compare `cut.depth`.
 
 Source: Fang et al. 2023 (DepGraph), arXiv:2301.12900, for groups; He, Zhang, Sun 2017,
@@ -36,9 +36,9 @@ from tersor.methods.cut.removing import Costs, Removable, removable
 from tersor.methods.norms import Original, correct, shifted
 from tersor.recipe import Outcome, method
 from tersor.surgery.cut import cut
-from tersor.surgery.hold import held
+from tersor.surgery.hold import bake, held
 from tersor.surgery.proving import cuttable
-from tersor.surgery.walk import Patterns
+from tersor.surgery.walk import Patterns, walk
 from tersor.task import Task
 
 _SAMPLES = 512
@@ -94,6 +94,9 @@ def channels(
             f'"{path}" of shape {form.shape} is held as {form.kind}, whose size is fixed; cut '
             "first, then prune and quantize"
         )
+    for site in walk(model):
+        for layer, attribute in site.uses:
+            bake(layer, attribute)
     inputs = task.example(2)
     coupling = cuttable(model, inputs)
     groups, left = removable(model, coupling, include, exclude)

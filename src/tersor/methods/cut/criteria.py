@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tersor.errors import OptionError
 from tersor.forms.form import rows
 from tersor.methods.cut.evidence import Evidence
 from tersor.methods.cut.ranking import Ranking
@@ -199,9 +200,16 @@ def _written(units: Removable) -> Tensor:
     return torch.cat([_lines(end, writes=True) for end in units.writers], 1)
 
 
-def _read(units: Removable, of: Callable[[End], Tensor]) -> Tensor:
-    """(units,) means over the columns that read each."""
-    return torch.stack([of(end)[end.lines].mean(1) for end in units.readers]).mean(0)
+def _read(units: Removable, of: Callable[[End], Tensor | None]) -> Tensor:
+    """(units,) means over the columns that read each, of weights whose inputs can be seen."""
+    found = [(end, of(end)) for end in units.readers]
+    means = [values[end.lines].mean(1) for end, values in found if values is not None]
+    if not means:
+        raise OptionError(
+            f'what "{units.name}" gives is only read by layers whose inputs cannot be seen; use '
+            'criterion="l2", or leave it out'
+        )
+    return torch.stack(means).mean(0)
 
 
 def _products(end: End, evidence: Evidence) -> Tensor:

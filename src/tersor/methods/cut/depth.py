@@ -1,7 +1,7 @@
 """Cutting depth: whole blocks that change least are skipped, and hand on what they are given.
 
 For deep networks of equal blocks, such as transformers: each block less makes every run faster by
-its whole share, where narrower layers often are not. `recover.distill` behind it takes back much of
+its whole share, where narrower layers often are not. `distill.logits` behind it takes back much of
 what is lost. A network of few blocks is better cut by `cut.channels`.
 
 Source: Men et al. 2024 (ShortGPT), arXiv:2403.03853, eq. 1, for a block's influence.
@@ -70,7 +70,9 @@ def depth(
         harms = {path: measured(path) for path in found.removable(left)}
         path = min(harms, key=lambda p: harms[p])
         skipped[path] = harms[path]
-        left.remove(path)
+        # What lies inside goes with it; what lies around would count it twice.
+        left = [p for p in left if not f"{p}.".startswith(f"{path}.")]
+        left = [p for p in left if not path.startswith(f"{p}.")]
         found.skip(path)
     return model, {"skipped": skipped, "left": left}
 
@@ -102,10 +104,12 @@ class _Blocks:
         return [p for p in left if sum(self._siblings(p)) > 1]
 
     def most(self, left: Sequence[str]) -> int:
-        """How many can be skipped together."""
-        lists: dict[str, list[str]] = {}
+        """How many can be skipped together: of lists in each other, those of the innermost."""
+        lists: dict[tuple[str, type[nn.Module]], list[str]] = {}
         for path in left:
-            lists.setdefault(path.rpartition(".")[0], []).append(path)
+            if not any(other.startswith(f"{path}.") for other in left):
+                kind = type(self._model.get_submodule(path))
+                lists.setdefault((path.rpartition(".")[0], kind), []).append(path)
         return sum(min(len(paths), sum(self._siblings(paths[0])) - 1) for paths in lists.values())
 
     def influence(self, path: str) -> float:
@@ -121,9 +125,10 @@ class _Blocks:
         skip(self._model, {path: self._several[path]})
 
     def _siblings(self, path: str) -> list[bool]:
-        """Of each block in the same list, whether it computes anything."""
+        """Of each block in the same list, whether it computes as one of this type."""
         owner = self._model.get_submodule(path.rpartition(".")[0])
-        return [not isinstance(block, Skipped) for block in owner.children()]
+        kind = type(self._model.get_submodule(path))
+        return [type(block) is kind for block in owner.children()]
 
     def _look(self) -> None:
         """Runs the network once and notes what goes in and out of each block."""
@@ -137,7 +142,12 @@ class _Blocks:
                 unfit.add(path)
                 return
             assert isinstance(given, Tensor)
-            cosine = _cosines(given, outcome[0] if several else outcome)
+            outcome = outcome[0] if several else outcome
+            cosine = _cosines(given, outcome)
+            others = [a for a in (*args, *kwargs.values()) if a is not given]
+            if any(_nearer(other, outcome, cosine) for other in others):
+                unfit.add(path)
+                return
             before = sums.setdefault(path, [0.0, 0])
             before[0] += float((1 - cosine).sum())
             before[1] += cosine.numel()
@@ -171,6 +181,13 @@ def _cosines(given: Tensor, outcome: Tensor) -> Tensor:
     if given.dim() > 3:
         given, outcome = given.flatten(1), outcome.flatten(1)
     return functional.cosine_similarity(given.float(), outcome.float(), dim=-1)
+
+
+def _nearer(other: Any, outcome: Tensor, cosine: Tensor) -> bool:
+    """Whether a block's outcome goes on from another input than its first."""
+    if not isinstance(other, Tensor) or other.shape != outcome.shape:
+        return False
+    return bool(_cosines(other, outcome).mean() > cosine.mean())
 
 
 @contextmanager

@@ -57,13 +57,13 @@ class Evidence:
         """(groups, inputs, inputs) float64, of what the weight is given, damped."""
         return self._moments[end.site.name]
 
-    def sizes(self, end: End) -> Tensor:
-        """(inputs,) mean absolute values of what the weight is given."""
-        return self._activity[end.site.name][0]
+    def sizes(self, end: End) -> Tensor | None:
+        """(inputs,) mean absolute values of what the weight is given; None where it is unseen."""
+        return self._activity.get(end.site.name, (None, None))[0]
 
-    def zeros(self, end: End) -> Tensor:
-        """(inputs,) how often that is zero, 0 to 1."""
-        return self._activity[end.site.name][1]
+    def zeros(self, end: End) -> Tensor | None:
+        """(inputs,) how often that is zero, 0 to 1; None where it is unseen."""
+        return self._activity.get(end.site.name, (None, None))[1]
 
     def gradients(self, end: End) -> Tensor:
         """(batches, inputs) of weight times gradient of the task's loss, summed over outputs."""

@@ -63,7 +63,7 @@ def removable(
         writers, readers = _ends(group, named)
         sites = {end.site.name for end in (*writers, *readers)}
         name = writers[0].site.name if writers else group.places[0][0]
-        if group.units[0].mixed:
+        if any(unit.mixed for unit in group.units):
             left[name] = "a norm or a mean goes over its outputs as a whole"
         elif not readers or not writers:
             left[name] = "nothing that multiplies them is known to read or write its outputs"
@@ -105,7 +105,6 @@ def _ends(group: Group, named: Mapping[str, Site]) -> tuple[list[End], list[End]
         readers[name] = End(
             site, torch.stack([numbers.index_select(along, few).flatten() for few in indices])
         )
-    # Where a weight multiplies each channel by its own few numbers, it does not write new ones.
     return list(writers.values()), list(readers.values())
 
 

@@ -38,7 +38,8 @@ def magnitude(
     sparsity: fraction of the weights that become zero, above 0 and below 1; or a pattern such as
         "2:4", for 2 of every 4 neighbouring inputs that stay
     scope: "layer" removes the same fraction of each; "global" compares all chosen weights with each
-        other, so that layers with small weights lose more: better for networks with batch norm
+        other, so that layers with small weights lose more: better for networks with batch norm. A
+        pattern keeps as many of each in either case
     include, exclude: patterns on names and types, see `walk`
 
     Removes exactly round(sparsity * n) of n weights; zeros that were there already count. A pattern

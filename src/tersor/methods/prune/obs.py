@@ -61,7 +61,7 @@ def obs(
     sparsity: fraction of the weights that become zero, above 0 and below 1; or a pattern such as
         "2:4", for 2 of every 4 neighbouring inputs that stay
     scope: "layer" removes the same fraction of each; "global" lets layers compete with each other,
-        at twice the time
+        at twice the time. A pattern keeps as many of each in either case
     samples: calibration inputs to use, at most
     include, exclude: patterns on names and types, see `walk`
 

@@ -55,6 +55,7 @@ def wanda(
         sparsity=sparsity,
         samples=samples,
         sites=(include, exclude),
+        by_row=True,
     )
     return model, outcome
 

@@ -72,8 +72,8 @@ def kmeans(
     generator: draws the random start
     include, exclude: patterns on names and types, see `walk`
 
-    Where the weights alone decide, one with no more distinct values than `values` is stored
-    exactly. Where inputs do, a weight that is quantized already raises OptionError.
+    Where the weights alone decide, one with no more distinct values than `values` keeps them, to
+    2**-11 of the largest. Where inputs do, a weight that is quantized already raises OptionError.
     """
     sites = walk(model, include, exclude)
     search = partial(clusters, start=start, thrift=thrift, generator=generator)

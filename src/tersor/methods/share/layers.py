@@ -1,6 +1,6 @@
 """Whole-layer sharing: blocks of equal structure use the same weights, which are stored once.
 
-For deep networks of many alike blocks, where a recovery by training follows (`recover.distill`):
+For deep networks of many alike blocks, where a recovery by training follows (`distill.logits`):
 without one it costs far more than codes of equal size do. Biases and norms stay each block's own,
 they are small and say most of what sets blocks apart. Multiply-adds stay as they were; to save
 those as well `cut.depth` leaves blocks out.
@@ -14,6 +14,7 @@ take the weights of one of them or their mean, whichever moves the answers least
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -203,7 +204,8 @@ def chosen(
         for one, other in combinations(group, 2)
     }
     classes = [[[block] for block in group] for group in groups]
-    allowed, divergence = size * _bytes(groups), 0.0
+    # Of whole bytes: 1/49 of 49 blocks is one block, whatever the product of floats says.
+    allowed, divergence = math.ceil(size * _bytes(groups) - 1e-6), 0.0
     while sum(each[0].size for group in classes for each in group) > allowed:
         _, place, (one, other) = min(_joinable(classes, alone), key=lambda each: each[0])
         divergence, weights = trial.best(one, other)

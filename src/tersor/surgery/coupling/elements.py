@@ -123,6 +123,11 @@ def _reduced(units: Units, args: Sequence[Any], kwargs: Any, shape: Sequence[int
     return x.moved(shape, {d: n for n, d in enumerate(left)})
 
 
+def _length(units: Units, args: Sequence[Any], kwargs: Any, shape: Sequence[int]) -> Labelled:
+    """A vector norm, whose order stands before its dimensions."""
+    return _reduced(units, [args[0], *args[2:]], kwargs, shape)
+
+
 def _batch_norm(units: Units, args: Sequence[Any], kwargs: Any, shape: Sequence[int]) -> Labelled:
     x: Labelled = args[0]
     x, ids = along(units, x, 1)
@@ -167,7 +172,7 @@ celu log_sigmoid hardshrink exp log sqrt rsqrt abs neg square reciprocal sin cos
 clamp_max dropout feature_dropout contiguous clone detach alias to _to_copy type_as
 logical_not bitwise_not nan_to_num floor round sign zeros_like ones_like full_like lift_fresh_copy
 """
-_SUMS = "mean sum amax amin var std all any linalg_vector_norm"
+_SUMS = "mean sum amax amin var std all any"
 _RUNNING = "softmax log_softmax _softmax _log_softmax cumsum logcumsumexp"
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_BROADCAST.split(), _elementwise),
@@ -177,5 +182,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
     "group_norm": _group_norm,
+    "linalg_vector_norm": _length,
     "prelu": _prelu,
 }

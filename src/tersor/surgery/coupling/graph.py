@@ -131,7 +131,12 @@ def _called(units: Units, node: Node, values: dict[Node, Any]) -> Any:
         return _unlabelled(shape)
     if not any(isinstance(a, Labelled) for a in _flat([*args, *kwargs.values()])):
         return _unlabelled(shape)
-    return rule(units, args, kwargs, shape)
+    try:
+        return rule(units, args, kwargs, shape)
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError):
+        # An operator called in a way that its rule does not foresee.
+        keep_all(units, [*args, *kwargs.values()], f"no rule says what this {name} does with it")
+        return _unlabelled(shape)
 
 
 def steps(program: ExportedProgram) -> list[Node]:
@@ -156,8 +161,14 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 
 def _bound(model: nn.Module, first: Mapping[str, str]) -> dict[str, str]:
-    """Weights whose sizes layers of torch check themselves, whatever operators would allow."""
-    return {
+    """Weights whose sizes layers of torch check themselves, and buffers that no file would hold."""
+    unheld = {
+        first[f"{path}.{name}".removeprefix(".")]: "it is a buffer that is not part of the state"
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set & module._buffers.keys()
+        if module._buffers[name] is not None
+    }
+    return unheld | {
         first[name]: f"{type(module).__name__} of torch ties its width to its heads"
         for path, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention)

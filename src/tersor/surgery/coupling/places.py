@@ -13,15 +13,19 @@ from tersor.surgery.coupling.rules import Rule, keep_all, labelled
 from tersor.surgery.coupling.units import Units
 
 
-def _spatial(units: Units, args: Sequence[Any], kwargs: Any, shape: Sequence[int]) -> Labelled:
+def _spatial(units: Units, args: Sequence[Any], kwargs: Any, shape: Any) -> Any:
     """What happens to places leaves channels alone; padded or pooled places have no labels."""
     x = args[0]
-    changed = [d for d in range(len(shape)) if d > 1 or x.shape[d] != shape[d]]
+    several, size = isinstance(shape, list), shape[0] if isinstance(shape, list) else shape
+    last = len(size) - 1
+    changed = [d for d in range(len(size)) if d > 1 or d == last or x.shape[d] != size[d]]
     for dim in changed:
         x, ids = along(units, x, dim)
         if ids is not None:
             units.keep(ids, "places are pooled or padded")
-    return Labelled(tuple(shape), x.without(*changed).blocks)
+    found = Labelled(tuple(size), x.without(*changed).blocks)
+    # With the numbers of the places that were chosen.
+    return [found, *(Labelled(tuple(other)) for other in shape[1:])] if several else found
 
 
 def _pad(units: Units, args: Sequence[Any], kwargs: Any, shape: Sequence[int]) -> Labelled:
@@ -243,7 +247,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_RESHAPES.split(), _reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("roll", "flip"), _turned),
-    **dict.fromkeys(("permute", "movedim"), _permute),
+    "permute": _permute,
     **dict.fromkeys(("transpose", "swapaxes", "t", "numpy_T", "mT"), _transpose),
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
     **dict.fromkeys(("repeat", "tile"), _repeat),

@@ -85,10 +85,10 @@ def _grouped(
         units.unite(sides[0][:, 0], sides[1][:, 0])
     elif whole is not None:
         units.keep(whole, "its inputs are those of the network")
-    if axes[0] == 0 or whole is None or part is None:
+    if axes[0] == 0 or whole is None:
         return outputs
     # A transposed convolution's outputs: those of a group, once for each.
-    return np.repeat(whole.reshape(groups, -1)[:, 0], len(part))
+    return np.repeat(whole.reshape(groups, -1)[:, 0], 1 if part is None else len(part))
 
 
 def _embedding(units: Units, args: Sequence[Any], kwargs: Any, shape: Sequence[int]) -> Labelled:
@@ -156,6 +156,9 @@ def _recurrent(units: Units, args: Sequence[Any], kwargs: Any, shape: Any) -> li
     keep_all(units, states, "it is a state that is given from outside")
     sides = 2 if both else 1
     each = len(weights) // (layers * sides)
+    if each not in (2, 4) or weights[1].shape[1] == 1:
+        keep_all(units, [x, *weights], "it has projections, or one unit")
+        return [Labelled(tuple(size)) for size in shape]
     given, hidden = single(units, x, -1), []
     for layer in range(layers):
         starts = [(layer * sides + side) * each for side in range(sides)]
@@ -165,7 +168,9 @@ def _recurrent(units: Units, args: Sequence[Any], kwargs: Any, shape: Any) -> li
     for other in hidden[1:]:
         units.unite(hidden[0], other)
     found = [labelled(Labelled(tuple(shape[0])), shape[0], len(shape[0]) - 1, given)]
-    return [*found, *(Labelled(tuple(size)) for size in shape[1:])]
+    return found + [
+        labelled(Labelled(tuple(size)), size, len(size) - 1, hidden[0]) for size in shape[1:]
+    ]
 
 
 def _cell(units: Units, given: Ids | None, weights: Sequence[Labelled]) -> Ids:
@@ -173,14 +178,10 @@ def _cell(units: Units, given: Ids | None, weights: Sequence[Labelled]) -> Ids:
     hidden = single(units, weights[1], 1)
     assert hidden is not None
     matched(units, given, single(units, weights[0], 1), "its inputs are those of the network")
-    for weight in (weights[0], weights[1], *weights[2:4]):
+    for weight in weights:
         gates = single(units, weight, 0)
         if gates is not None:
             units.unite(gates.reshape(-1, len(hidden)), hidden[None])
-    for projected in weights[4:]:
-        keep_all(units, projected, "an LSTM with projections")
-    if len(weights) > 4:
-        units.keep(hidden, "an LSTM with projections")
     return hidden
 
 

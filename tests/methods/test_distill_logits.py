@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tersor.errors import OptionError, TaskError
+from tersor.errors import ModelError, OptionError, TaskError
 from tersor.methods import run
 from tersor.methods.cut.channels import channels
+from tersor.methods.distill.logits import logits
 from tersor.methods.prune.magnitude import magnitude
 from tersor.methods.quantize.rtn import rtn
-from tersor.methods.recover.distill import distill
 from tersor.surgery import walk
 from tersor.task import Task, classification, regression
 from tersor.train import Lesson, Teacher
@@ -53,7 +53,7 @@ def outcome(model: nn.Module) -> dict[str, object]:
 def test_most_of_what_was_lost_comes_back(damage, task):
     model, original = net(), net()
     damage(model, task)
-    distill(model, task, original=original, epochs=10, rate=5e-3)
+    logits(model, task, original=original, epochs=10, rate=5e-3)
     assert outcome(model)["kept"]
     assert outcome(model)["divergence_after"] < 0.5 * outcome(model)["divergence_before"]
 
@@ -63,7 +63,7 @@ def test_zeros_stay_zero_and_codes_stay_codes(task):
     magnitude(model, sparsity=0.6, include="0")
     rtn(model, bits=4, include="4")
     zeros, codes = model[0].weight == 0, model[4].weight.clone()
-    distill(model, task, original=original, epochs=5, rate=5e-3)
+    logits(model, task, original=original, epochs=5, rate=5e-3)
     assert torch.equal(model[0].weight == 0, zeros)
     assert torch.equal(model[4].weight, codes)
     assert not torch.equal(model[1].weight, original[1].weight)
@@ -73,7 +73,7 @@ def test_only_what_is_chosen_learns(task):
     model, original = net(), net()
     channels(model, task, keep=0.5, merge=False)
     before = copy.deepcopy(model.state_dict())
-    distill(model, task, original=original, epochs=5, rate=5e-3, exclude="0")
+    logits(model, task, original=original, epochs=5, rate=5e-3, exclude="0")
     assert torch.equal(model[0].weight, before["0.weight"])
     assert torch.equal(model[0].bias, before["0.bias"])
     assert not torch.equal(model[4].weight, before["4.weight"])
@@ -95,7 +95,7 @@ def test_the_network_and_its_original_are_left_in_order(task):
     channels(model, task, keep=0.5)
     trained = [p.requires_grad for p in model.parameters()]
     before = copy.deepcopy(original.state_dict())
-    distill(model, task, original=original, epochs=1)
+    logits(model, task, original=original, epochs=1)
     assert [p.requires_grad for p in model.parameters()] == trained
     assert all(p.grad is None for p in model.parameters())
     assert not any(module.training for module in (*model.modules(), *original.modules()))
@@ -105,7 +105,7 @@ def test_the_network_and_its_original_are_left_in_order(task):
 def test_a_network_that_is_as_it_was_stays_so(task):
     model = net()
     before = copy.deepcopy(model.state_dict())
-    distill(model, task, original=net(), epochs=1)
+    logits(model, task, original=net(), epochs=1)
     assert not outcome(model)["kept"]
     assert outcome(model)["divergence_before"] == outcome(model)["divergence_after"] == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -118,7 +118,7 @@ def test_training_inputs_come_before_calibration_and_labels_do_not_matter(task):
         )
         model = net()
         magnitude(model, sparsity=0.7)
-        distill(model, data, original=net(), epochs=1)
+        logits(model, data, original=net(), epochs=1)
         return model[0].weight
 
     assert torch.equal(done(torch.zeros(300).long()), done(torch.arange(300) % 5))
@@ -130,7 +130,7 @@ def test_numbers_too():
     data = regression(calibration=inputs(256, 1), holdout=inputs(64, 2))
     steps = [
         {"method": "prune.magnitude", "options": {"sparsity": 0.6}},
-        {"method": "recover.distill", "options": {"epochs": 20, "rate": 5e-3}},
+        {"method": "distill.logits", "options": {"epochs": 20, "rate": 5e-3}},
     ]
     done = run(original, steps, data)
     assert outcome(done)["divergence_after"] < 0.5 * outcome(done)["divergence_before"]
@@ -138,11 +138,25 @@ def test_numbers_too():
 
 
 def test_what_cannot_be_done_is_refused(task):
-    with pytest.raises(TaskError, match=r"recover\.distill needs inputs"):
-        distill(net(), original=net())
-    with pytest.raises(OptionError, match=r"recover\.distill compares with the network before"):
-        distill(net(), task)
+    with pytest.raises(TaskError, match=r"distill\.logits needs inputs"):
+        logits(net(), original=net())
+    with pytest.raises(OptionError, match=r"distill\.logits compares with another network"):
+        logits(net(), task)
     model = nn.Sequential(nn.Linear(8, 5, bias=False))
     rtn(model)
     with pytest.raises(OptionError, match="Sequential holds nothing but codes"):
-        distill(model, task, original=model)
+        logits(model, task, original=model)
+
+
+def test_float16_and_other_classes_are_refused(task):
+    with pytest.raises(ModelError, match="float16"):
+        logits(net().half(), task, original=net())
+    other = nn.Sequential(nn.Linear(8, 7)).eval()
+    with pytest.raises(ModelError, match=r"teacher gives \(5,\) numbers .* \(7,\)"):
+        logits(other, task, original=net())
+
+
+@pytest.mark.parametrize("count", [33, 65])
+def test_one_sample_left_over_is_no_batch(count):
+    data = classification(calibration=inputs(count, 1), holdout=inputs(64, 2))
+    logits(net(), data, original=net(), epochs=1)

@@ -1,0 +1,203 @@
+"""How techniques train: what may change, what it is judged by, and what the step reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tersor.errors import ModelError, OptionError, TaskError
+from tersor.measure import divergence_of, evaluating, reference_outputs
+from tersor.measure.running import differentiable
+from tersor.methods.sparse import sparse_form
+from tersor.recipe import Outcome
+from tersor.surgery.hold import decoded, held
+from tersor.surgery.walk import Patterns, walk
+from tersor.task import Task, evaluation_mode
+from tersor.train import (
+    Fitted,
+    Labels,
+    Lesson,
+    Lessons,
+    Regime,
+    Teacher,
+    Training,
+    TrainingLog,
+    fit,
+)
+from tersor.train.lessons import check_alike
+
+Loss = Callable[[Tensor, Lesson], Tensor]
+"""A number from rows of `task.predict` and the lesson that they answer."""
+
+
+def learn(
+    name: str,
+    model: nn.Module,
+    lessons: Lessons,
+    original: nn.Module | None,
+    *,
+    parameters: Sequence[nn.Parameter],
+    epochs: int,
+    rate: float,
+    loss: Loss | None = None,
+    training: Training | Mapping[str, Any] | None = None,
+    generator: torch.Generator | None = None,
+    regimes: Sequence[Regime] = (),
+    log: TrainingLog | None = None,
+    dropout: bool = False,
+) -> Outcome:
+    """Trains these parameters in place; the best state is left. Returns what to report.
+
+    name: of the method
+    original: whose held-out answers judge; None for the labels of held-out samples, and where
+        there are none the last state counts as the best
+    parameters: more than the network's own may be among them, as those of regressors
+    loss: by default that of the lessons
+    dropout: whether it is active, and all else that `model.train()` turns on
+    """
+    task, settings = lessons.task, Training.of(training)
+    loss = loss or lessons.loss
+    judge, unit = _judge(name, model, task, original)
+
+    def value(lesson: Lesson) -> Tensor:
+        with _modes(model, dropout=dropout), torch.enable_grad():
+            return loss(task.predict(model, lesson.inputs), lesson)
+
+    with differentiable(parameters), nullcontext() if original is None else decoded(original):
+        fitted = fit(
+            model,
+            settings.optimizing(parameters, rate),
+            lessons,
+            value,
+            epochs=epochs,
+            judge=judge,
+            generator=generator or torch.Generator().manual_seed(0),
+            training=settings,
+            regimes=regimes,
+            log=log,
+        )
+    for parameter in parameters:
+        parameter.grad = None
+    if log is not None:
+        log.curves[name] = fitted.curve
+    return _outcome(fitted, unit, sum(p.numel() for p in parameters))
+
+
+def lessons_of(
+    name: str,
+    task: Task | None,
+    original: nn.Module | None,
+    *,
+    labels: float | None = None,
+    temperature: float = 1.0,
+    standardize: bool = False,
+) -> Lessons:
+    """What there is to learn from: labels, the original's answers, or both.
+
+    labels: their share in the loss; None for half where there are labels and an original
+
+    Raises TaskError where there is neither, or where labels are asked for and missing.
+    """
+    if task is None:
+        raise TaskError(f"{name} needs inputs to train on; pass a task")
+    if labels and not task.has_train:
+        raise TaskError(
+            f"{name}: labels={labels} needs labelled training data and the task has none; give it "
+            "train=(inputs, targets), or use labels=0"
+        )
+    if original is None:
+        if not task.has_train:
+            raise TaskError(
+                f"{name} needs labelled training data, or a network to learn from; give the task "
+                "train=(inputs, targets), or use run(), which passes the original"
+            )
+        return Labels(task)
+    share = labels if labels is not None else 0.5 * task.has_train
+    return Teacher(original, task, temperature, standardize, share)
+
+
+def trainable(
+    name: str, model: nn.Module, include: Patterns = None, exclude: Patterns = None
+) -> list[nn.Parameter]:
+    """Everything that is stored as plain or sparse floats, once. Raises OptionError without any.
+
+    include, exclude: with them vectors that match nothing are trained too
+    """
+    chosen = {id(layer) for s in walk(model, include, exclude) for layer, _ in s.uses}
+    others = {id(layer) for s in walk(model) for layer, _ in s.uses} - chosen
+    coded = {
+        id(parameter)
+        for _, form in held(model)
+        if sparse_form(form) is not form and not form.training_only
+        for parameter in form.parameters()
+    }
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if id(module) in others:
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point() and parameter.numel():
+                found[id(parameter)] = parameter
+    left = [parameter for key, parameter in found.items() if key not in coded]
+    for parameter in left:
+        if parameter.dtype == torch.float16:
+            raise ModelError(
+                f"{type(model).__name__} has weights in float16, in which squares of gradients "
+                "vanish; train model.float(), and give the task float32 inputs"
+            )
+    if not left:
+        raise OptionError(
+            f"{type(model).__name__} holds nothing but codes, so {name} has nothing to "
+            "train; use recover.scales, or put this step before the quantizing one"
+        )
+    return left
+
+
+def _judge(
+    name: str, model: nn.Module, task: Task, original: nn.Module | None
+) -> tuple[Callable[[], float], str]:
+    """What says how good a state is, and the unit it says it in."""
+    if original is not None:
+        held_out = task.holdout()
+        if not held_out:
+            raise TaskError(
+                f"{name} judges itself on held-out inputs and the task has none; give it more "
+                "samples, or holdout=inputs"
+            )
+        wanted = reference_outputs(original, task, held_out)
+        with evaluating(model):
+            check_alike(wanted[0], task.predict(model, held_out[0]))
+        return lambda: divergence_of(model, task, held_out, wanted), "divergence"
+    if task.validate(model) is not None:
+        return lambda: _loss(model, task), "loss"
+    later = iter(range(0, -(2**62), -1))
+    return lambda: float(next(later)), ""
+
+
+def _loss(model: nn.Module, task: Task) -> float:
+    with decoded(model):
+        found = task.validate(model)
+    assert found is not None
+    return found
+
+
+def _outcome(fitted: Fitted, unit: str, trained: int) -> Outcome:
+    judged = {f"{unit}_before": fitted.before, f"{unit}_after": fitted.after} if unit else {}
+    return {"kept": fitted.epoch > 0, **judged, "trained": trained}
+
+
+@contextmanager
+def _modes(model: nn.Module, *, dropout: bool) -> Iterator[None]:
+    """Batch norms follow the batches; nothing is dropped out where a teacher drops nothing."""
+    with evaluation_mode(model):
+        if dropout:
+            model.train()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+        yield
