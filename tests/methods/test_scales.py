@@ -14,6 +14,7 @@ from tersor.methods.recover.scales import scales
 from tersor.methods.tuning import Tuned, TunedNumbers, shown
 from tersor.surgery import held, hold, walk
 from tersor.task import classification, regression
+from train.test_loop import blobs
 
 RTN = {"method": "quantize.rtn", "options": {"bits": 2, "group_size": 8}}
 TUNE = {"method": "recover.scales", "options": {"epochs": 3}}
@@ -205,3 +206,24 @@ def test_what_cannot_be_tuned_is_refused(task):
         scales(run(net(), [{"method": "quantize.cast"}]), task, original=net(), vectors=False)
     with pytest.raises(TaskError, match="held-out inputs and the task has none"):
         scales(net(), classification(calibration=images(1, 1)), original=net())
+
+
+def test_shared_values_are_trained_on_labels_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    x, y = blobs(512)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    task = classification(train=(x, y), test=blobs(512, seed=1), holdout=blobs(128, seed=2)[0])
+    steps = [{"method": "share.kmeans", "options": {"values": 4}}]
+    tuned = [*steps, {"method": "recover.scales", "options": {"on": "train"}}]
+    before, after = (run(model, each, task) for each in (steps, tuned))
+    apart = [nn.functional.cross_entropy(m(x), y).item() for m in (before, after)]
+    assert apart[1] < apart[0]
+    codes = [[site.form.codes for site in walk(m)] for m in (before, after)]
+    assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
+    with pytest.raises(TaskError, match="labelled training data"):
+        run(model, tuned, classification(calibration=x))

@@ -303,3 +303,17 @@ def luminance(colour: str) -> float:
     parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     linear = np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_learning_curves_lie_where_their_losses_are(tmp_path):
+    training = [
+        {"step": "distill.logits", "losses": [1.0, 0.1], "judged": [0.1, 0.01], "stride": 50},
+        {"step": "none", "losses": [1.0], "judged": []},
+        {"step": "broken", "losses": [float("nan"), None], "judged": [float("inf")]},
+    ]
+    page = html({"training": training}, tmp_path / "page.html").read_text("utf-8")
+    assert page.count("distill.logits: steps") == 1
+    assert "none: steps" not in page
+    # Two decades from 1 to 0.01: the line falls by half of them in the first half.
+    assert re.search(r'class="front" x1="0.00%" x2="50.00%" y1="0.00%" y2="50.00%"', page)
+    assert re.search(r'cx="100.00%" cy="100.00%"', page)

@@ -13,6 +13,7 @@ from tersor.forms.nofm import NofM
 from tersor.forms.product_codebook import ProductCodebook
 from tersor.forms.residual import Residual
 from tersor.forms.rotated import Rotated
+from tersor.forms.rounded import Rounded
 from tersor.forms.trellis import Trellis
 
 KINDS: dict[str, type[Form]] = {
@@ -48,5 +49,6 @@ __all__ = [
     "ProductCodebook",
     "Residual",
     "Rotated",
+    "Rounded",
     "Trellis",
 ]

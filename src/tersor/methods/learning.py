@@ -50,6 +50,7 @@ def learn(
     regimes: Sequence[Regime] = (),
     log: TrainingLog | None = None,
     dropout: bool = False,
+    batch_norms: bool = True,
 ) -> Outcome:
     """Trains these parameters in place; the best state is left. Returns what to report.
 
@@ -59,13 +60,14 @@ def learn(
     parameters: more than the network's own may be among them, as those of regressors
     loss: by default that of the lessons
     dropout: whether it is active, and all else that `model.train()` turns on
+    batch_norms: whether they follow the batches
     """
     task, settings = lessons.task, Training.of(training)
     loss = loss or lessons.loss
     judge, unit = _judge(name, model, task, original)
 
     def value(lesson: Lesson) -> Tensor:
-        with _modes(model, dropout=dropout), torch.enable_grad():
+        with _modes(model, dropout, batch_norms), torch.enable_grad():
             return loss(task.predict(model, lesson.inputs), lesson)
 
     with differentiable(parameters), nullcontext() if original is None else decoded(original):
@@ -96,10 +98,12 @@ def lessons_of(
     labels: float | None = None,
     temperature: float = 1.0,
     standardize: bool = False,
+    log: TrainingLog | None = None,
 ) -> Lessons:
     """What there is to learn from: labels, the original's answers, or both.
 
     labels: their share in the loss; None for half where there are labels and an original
+    log: the original's answers are kept beside its checkpoints
 
     Raises TaskError where there is neither, or where labels are asked for and missing.
     """
@@ -118,7 +122,9 @@ def lessons_of(
             )
         return Labels(task)
     share = labels if labels is not None else 0.5 * task.has_train
-    return Teacher(original, task, temperature, standardize, share)
+    path = None if log is None else log.path
+    folder = None if path is None else path.parent / "answers"
+    return Teacher(original, task, temperature, standardize, share, folder=folder)
 
 
 def trainable(
@@ -192,12 +198,12 @@ def _outcome(fitted: Fitted, unit: str, trained: int) -> Outcome:
 
 
 @contextmanager
-def _modes(model: nn.Module, *, dropout: bool) -> Iterator[None]:
-    """Batch norms follow the batches; nothing is dropped out where a teacher drops nothing."""
+def _modes(model: nn.Module, dropout: bool, batch_norms: bool) -> Iterator[None]:
+    """Dropout and batch norms as wanted, all else as it computes in use."""
     with evaluation_mode(model):
         if dropout:
             model.train()
         for module in model.modules():
             if isinstance(module, _BatchNorm):
-                module.train()
+                module.train(batch_norms)
         yield

@@ -138,9 +138,9 @@ def prune_by(
         if not keep.any():
             raise emptied(site, sparsity, ' or scope="layer"' if scope == "global" else "")
     for site, keep in zip(sites, kept, strict=True):
-        known = isinstance(goal, float) and sparse_form(site.form) is not None
+        sparse_already = isinstance(goal, float) and sparse_form(site.form) is not None
         # What is as sparse already may say more of the places, as n of m.
-        if known and not bool(((site.weight != 0) & ~keep).any()):
+        if sparse_already and not bool(((site.weight != 0) & ~keep).any()):
             continue
         site.hold(sparse(site.weight.masked_fill(~keep, 0), site.axis, goal))
 

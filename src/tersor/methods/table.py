@@ -29,6 +29,7 @@ from tersor.methods.quantize.hqq import hqq
 from tersor.methods.quantize.lsq import lsq
 from tersor.methods.quantize.mixed import mixed
 from tersor.methods.quantize.qronos import qronos
+from tersor.methods.quantize.rate import rate
 from tersor.methods.quantize.rtn import rtn
 from tersor.methods.quantize.static import static
 from tersor.methods.quantize.ternary import ternary
@@ -78,6 +79,7 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "quantize.entropy": entropy,
     "quantize.trellis": trellis,
     "quantize.lsq": lsq,
+    "quantize.rate": rate,
     "quantize.static": static,
     "quantize.dynamic": dynamic,
     "share.kmeans": kmeans,

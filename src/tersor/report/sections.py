@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tersor.report import charts, facts, figures
+from tersor.report.curves import curves
 from tersor.report.markup import Markup, join, table, tag
 from tersor.report.scatter import scatter
 
@@ -257,6 +258,11 @@ _SECTIONS: list[tuple[str, str, Callable[[Data], object]]] = [
         "Points tried",
         "Divergence is the sum over the layers; lower and further left is better.",
         _points,
+    ),
+    (
+        "Training",
+        "Held-out figures are those that chose which state was kept.",
+        lambda report: curves(report.get("training") or []),
     ),
     ("By class", "", _classes),
 ]

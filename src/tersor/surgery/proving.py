@@ -105,8 +105,8 @@ def _zeroed(model: nn.Module, units: Sequence[Unit]) -> nn.Module:
     tensors |= dict(zeroed.named_buffers(remove_duplicate=False))
     lost: dict[Place, set[int]] = {}
     for unit in units:
-        for place, indices in unit.slices.items():
-            lost.setdefault(place, set()).update(indices)
+        for place, few in unit.slices.items():
+            lost.setdefault(place, set()).update(few)
     with torch.no_grad():
         for (name, dim), indices in lost.items():
             where = torch.tensor(sorted(indices), device=tensors[name].device)

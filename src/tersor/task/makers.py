@@ -55,7 +55,8 @@ def classification(
     """A task of telling classes apart.
 
     test, train: (inputs, labels), or a loader of such pairs or of dictionaries with "labels"
-    calibration, holdout: the same or inputs alone; derived from train or test when absent
+    calibration, holdout: the same or inputs alone; derived from train or test when absent. Held-out
+        labels let training on labels be judged
     classes: their names, in the order of the model's outputs
     metrics: among accuracy, top5, f1, precision, recall, calibration_error; the first leads
 
@@ -187,11 +188,13 @@ def _split(source: Any, name: str, read: Reader, batch_size: int) -> Split:
     if labelled and not (pair and source[1] is not None):
         raise TaskError(f"{name}={_type(source)} lacks its targets; give {name}=(inputs, targets)")
     inputs, targets = source if pair else (source, None)
-    return rows(*_checked(inputs, targets if labelled else None, name, read), batch_size)
+    kept = targets if labelled or name == "holdout" else None
+    return rows(*_checked(inputs, kept, name, read), batch_size)
 
 
 def _parted(item: Any, name: str, labelled: bool) -> tuple[Any, Any]:
-    """What a loader yields as (inputs, targets)."""
+    """What a loader yields as (inputs, targets). Held-out targets are kept where there are any."""
+    wanted = labelled or name == "holdout"
     if isinstance(item, Mapping):
         key = next((key for key in LABELS if key in item), None)
         if labelled and key is None:
@@ -199,9 +202,10 @@ def _parted(item: Any, name: str, labelled: bool) -> tuple[Any, Any]:
                 f"{name} yields dictionaries with {sorted(item)}, none of which is one of "
                 f"{', '.join(LABELS)}; rename the one that holds the targets"
             )
-        return {k: v for k, v in item.items() if k != key}, item[key] if labelled else None
+        rest = {k: v for k, v in item.items() if k != key}
+        return rest, None if key is None or not wanted else item[key]
     if isinstance(item, tuple | list) and len(item) == 2:
-        return item[0], item[1] if labelled else None
+        return item[0], item[1] if wanted else None
     if labelled:
         raise TaskError(f"{name} yields {_type(item)}; it must yield (inputs, targets)")
     return item[0] if isinstance(item, tuple | list) and len(item) == 1 else item, None

@@ -94,6 +94,13 @@ class TrainingLog:
             checkpoint.store(self.path, state)
             self._written = time.monotonic()
 
+    def report(self) -> list[dict[str, Any]]:
+        """For the key `training` of a report: what the page draws learning curves from."""
+        return [
+            {"step": name, "losses": c.losses, "judged": c.judged, "stride": c.stride}
+            for name, c in self.curves.items()
+        ]
+
     def bar(self, steps: int, done: int) -> Bar:
         """Shows the training in hand."""
         return Bar(self.name, steps, done, shown=self._show)

@@ -57,7 +57,7 @@ def fit(
     """Trains what `optimizer` holds, in place, and leaves the state that `judge` found best.
 
     The rates that the optimizer was made with are the highest. The start counts as a state too,
-    unless a regime has yet to do its work.
+    unless a regime has yet to do its work; where one never has done it, the last state is left.
 
     loss: of one batch; may differ from `lessons.loss`, where something is to be done before
     judge: called before the first epoch and after each; the lower the better
@@ -82,7 +82,10 @@ def fit(
         run.train()
     finally:
         run.kept.restore()
-    return Fitted(run.curve.judged[0], run.best, run.step, run.best_epoch, run.curve)
+    curve = run.curve
+    if run.best == math.inf and not run.settled:
+        return Fitted(curve.judged[0], curve.judged[-1], run.step, run.epoch, curve)
+    return Fitted(curve.judged[0], run.best, run.step, run.best_epoch, curve)
 
 
 @dataclass
@@ -210,14 +213,21 @@ class _Run:
                 regime.enforce()
             found = self.judge()
             self.curve.judged.append(found)
-            if found < self.best and all(regime.settled for regime in self.regimes):
+            if self.settled and found < self.best:
                 self.best, self.best_epoch = found, self.epoch
+                self.kept.note()
+            elif self.best == math.inf and not self.settled:
                 self.kept.note()
 
     def _stale(self) -> bool:
         patience = self.settings.patience
-        settled = all(regime.settled for regime in self.regimes)
-        return patience is not None and settled and self.epoch - self.best_epoch >= patience
+        late = patience is not None and self.epoch - self.best_epoch >= patience
+        return late and self.settled
+
+    @property
+    def settled(self) -> bool:
+        """Whether all regimes are."""
+        return all(regime.settled for regime in self.regimes)
 
     def _state(self) -> dict[str, Any]:
         return {

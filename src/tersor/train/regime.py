@@ -35,6 +35,11 @@ class Regime:
         """Whether what the network is now may be the result."""
         return True
 
+    def finish(self) -> None:
+        """Behind the last step, in a loop of one's own: what is stored takes the place of what was
+        trained. `fit` leaves that to the technique.
+        """
+
     def state(self) -> dict[str, Any]:
         """Tensors, numbers and names that `restore` needs to go on from here."""
         return {}

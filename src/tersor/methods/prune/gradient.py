@@ -61,8 +61,8 @@ def gradient(
         unlabelled inputs; "taylor": |w * mean g|; "movement": -sum w * g over steps of SGD, which
         is high for weights that move away from zero
     scope: "layer" removes the same fraction of each; "global" compares all chosen weights with each
-        other, which is better as long as no layer ends up empty. A pattern keeps as many of each in either
-        case
+        other, which is better as long as no layer ends up empty. A pattern keeps as many of each in
+        either case
     samples: to use, at most
     include, exclude: patterns on names and types, see `walk`
 

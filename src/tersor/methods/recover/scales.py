@@ -5,7 +5,8 @@ For every quantized network, after its last compressing step; most where scales 
 and bits are few. For batch norms that saw other inputs before, `recover.batchnorm` first.
 
 Source: MLX-LM's distilled weight quantization (DWQ, 2025), for training scales alone against the
-original's outputs; Bengio, Leonard, Courville 2013, arXiv:1308.3432, for gradients that pass
+original's outputs; Han, Mao, Dally 2016 (Deep Compression), arXiv:1510.00149, section 3.3, for
+shared values; Bengio, Leonard, Courville 2013, arXiv:1308.3432, for gradients that pass
 rounding unchanged.
 Differs: scales move by factors, the task's divergence is what becomes small, and biases and norms
 may be trained along. What is trained is rounded as it will be stored.
@@ -13,7 +14,7 @@ may be trained along. What is trained is rounded as it will be stored.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -24,14 +25,14 @@ from tersor.forms import Form, Trellis
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.running import unfused
 from tersor.methods.asked import held_out_of, original_of
+from tersor.methods.learning import lessons_of
 from tersor.methods.tuning import Trained, Tuned, TunedNumbers, shown
 from tersor.recipe import Outcome, method
 from tersor.surgery.hold import held
 from tersor.surgery.walk import vectors as vectors_of
 from tersor.task import Task
 from tersor.task.kinds import evaluation_mode
-from tersor.train import answers, fit
-from tersor.train.lessons import Lesson
+from tersor.train import Lesson, Lessons, TrainingLog, answers, fit
 
 
 @method
@@ -40,18 +41,22 @@ def scales(
     task: Task | None = None,
     *,
     original: nn.Module | None = None,
+    log: TrainingLog | None = None,
     epochs: Annotated[int, Field(ge=1)] = 10,
     rate: Annotated[float, Field(gt=0, le=1)] = 0.005,
+    on: Literal["calibration", "train"] = "calibration",
     samples: Annotated[int, Field(ge=1)] = 512,
     vectors: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[nn.Module, Outcome]:
-    """Trains the float parts of every form against the original's outputs, in place.
+    """Trains the float parts of every form, in place: scales, steps and shared values.
 
     original: the network before compression; `run` passes the one it was given
-    epochs: passes over the calibration inputs
+    epochs: passes over the inputs
     rate: the highest, of Adam; a scale changes by about this share in a step
-    samples: unlabelled calibration inputs to use, at most
+    on: "calibration" inputs, whose answers by the original are the target; or the "train" data,
+        whose labels count half
+    samples: calibration inputs to use, at most; what is kept is judged on as many held-out ones
     vectors: whether biases, and scales and shifts of norms, are trained too; those that are
         numbers on a grid are rounded to it
     generator: draws the order of the inputs
@@ -63,7 +68,9 @@ def scales(
     task, held_out = held_out_of("recover.scales", task, samples)
     original = original_of("recover.scales", original)
     tuned = _tuned(model, vectors=vectors)
-    lessons = answers(original, task, task.calibration(samples))
+    lessons: Lessons = answers(original, task, task.calibration(samples))
+    if on == "train":
+        lessons = lessons_of("recover.scales", task, original, labels=0.5)
     wanted = reference_outputs(original, task, held_out)
 
     def loss(lesson: Lesson) -> Tensor:
@@ -84,6 +91,7 @@ def scales(
             epochs=epochs,
             judge=judge,
             generator=generator or torch.Generator().manual_seed(0),
+            log=log,
         )
     for each in tuned:
         each.store()
