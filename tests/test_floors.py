@@ -23,6 +23,7 @@ FLOORS = {
     "report": 5,
     "plan": 6,
     "checkpoints": 6,
+    "federated": 6,
     "sources": 7,
     "serve": 7,
     "corpus": 7,

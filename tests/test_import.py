@@ -12,6 +12,7 @@ import tersor
 EXTRAS = {
     *("onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "tokenizers"),
     *("sklearn", "scipy", "pandas", "pyarrow", "PIL", "datasets", "sentence_transformers"),
+    *("lightning", "pytorch_lightning", "accelerate", "cryptography", "flwr"),
 }
 LATER = EXTRAS | {
     *("pydantic", "typer", "click", "rich", "yaml", "zstandard", "sqlite3", "jinja2"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tersor import codec as codec
     from tersor import errors as errors
     from tersor import export as export
+    from tersor import federated as federated
     from tersor import forms as forms
     from tersor import measure as measure
     from tersor import methods as methods
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tersor import report as report
     from tersor import surgery as surgery
     from tersor import task as task
+    from tersor import train as train
     from tersor.checkpoints import pack as pack
     from tersor.checkpoints import quantize_folder as quantize_folder
     from tersor.checkpoints import unpack as unpack
@@ -57,14 +59,16 @@ _ROOMS = (
         "codec",
         "errors",
         "export",
+        "federated",
         "forms",
         "measure",
         "methods",
         "plan",
         "report",
         "surgery",
+        "task",
     ),
-    "task",
+    "train",
 )
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -36,7 +36,7 @@ class BudgetError(CompressError):
 
 
 class FileError(CompressError):
-    """A .tersor file that is damaged, hostile, or of a version this tersor does not know."""
+    """A file or message that is damaged, hostile, or of a version this tersor does not know."""
 
     exit_code = 6
 

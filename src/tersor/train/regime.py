@@ -36,8 +36,9 @@ class Regime:
         return True
 
     def finish(self) -> None:
-        """Behind the last step, in a loop of one's own: what is stored takes the place of what was
-        trained. `fit` leaves that to the technique.
+        """Behind the last step in another loop: what is stored takes the place of what was trained.
+
+        `fit` leaves that to the technique.
         """
 
     def state(self) -> dict[str, Any]:

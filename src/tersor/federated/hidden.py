@@ -1,0 +1,179 @@
+"""Rounds in which the server sees no client's update, only their sum.
+
+Changes are weighted by samples and rounded to whole numbers on one grid that all share; these are
+summed under masks as in `secure`, so that the sum is exact. No coder makes masked numbers smaller:
+an update takes as many bytes as the modulus has. How many samples a client has is told openly.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tersor.errors import FileError, OptionError
+from tersor.federated.agreement import X25519, Agreement, Entropy
+from tersor.federated.client import Client
+from tersor.federated.grid import (
+    Secure,
+    off_grid,
+    on_grid,
+    read_table,
+    read_vector,
+    write_table,
+    write_vector,
+)
+from tersor.federated.secure import Participant, SecureSum, checked_keys
+from tersor.federated.talk import Talk
+
+KEYS, SHARES, MASKED, REVEAL = "keys", "shares", "masked", "reveal"
+_SAMPLES = struct.Struct("<I")
+
+
+@dataclass
+class Hidden:
+    """A client whose updates the server may not read.
+
+    number: as the server knows it
+    agreement: how keys are agreed; X25519 by default, which takes the extra `federated`
+    entropy: of keys and masks; anything but the default is for tests
+    """
+
+    number: int
+    client: Client
+    secure: Secure
+    agreement: Agreement = field(default_factory=X25519)
+    entropy: Entropy = secrets.token_bytes
+
+    def __post_init__(self) -> None:
+        self._participant: Participant | None = None
+        self._share = 0.0
+
+    def answer(self, step: str, message: bytes) -> bytes:
+        """To each step of a round in turn. Raises FileError for one out of turn."""
+        if step == KEYS:
+            self.client.receive(message)
+            self._participant = Participant(
+                self.number, agreement=self.agreement, entropy=self.entropy
+            )
+            return _SAMPLES.pack(self.client.samples) + self._participant.keys()
+        if self._participant is None:
+            raise FileError(f"the step {step!r} belongs to no round; begin with {KEYS!r}")
+        if step == SHARES:
+            return self._shares(self._participant, message)
+        if step == MASKED:
+            return self._masked(self._participant, message)
+        if step == REVEAL:
+            return self._participant.reveal(read_table(message))
+        raise FileError(f"the step {step!r} is unknown; use the same tersor at both ends")
+
+    def _shares(self, participant: Participant, message: bytes) -> bytes:
+        table = read_table(message)
+        sizes = [int.from_bytes(content[: _SAMPLES.size], "little") for content in table.values()]
+        self._share = self.client.samples / max(sizes, default=1)
+        if not 0 < self._share <= 1:
+            raise FileError("the server says of no client how many samples it has; begin anew")
+        keys = {number: content[_SAMPLES.size :] for number, content in table.items()}
+        return write_table(participant.shares(keys, threshold=self.secure.needed(len(keys))))
+
+    def _masked(self, participant: Participant, message: bytes) -> bytes:
+        change = [tensor * self._share for tensor in self.client.trained()]
+        codes = on_grid(change, self.secure, self.client.generator)
+        masked = participant.masked(codes, read_table(message))
+        return write_vector(masked, self.client.round, self.secure.modulus_bits)
+
+
+def hidden_mean(
+    talk: Talk, chosen: Sequence[int], secure: Secure, agreement: Agreement | None = None
+) -> list[Tensor] | None:
+    """The mean of the changes of those who are heard to the end, by samples; None of too few.
+
+    agreement: as the clients have it
+
+    Raises OptionError where not even all of them could be summed.
+    """
+    agreement = agreement or X25519()
+    secure.needed(len(chosen))
+    samples, keys = _heard(talk, chosen, agreement)
+    try:
+        threshold = secure.needed(len(keys))
+        boxes = _shared(talk, samples, keys)
+        size = talk.server.layout.numbers
+        hub = SecureSum(keys, boxes, size=size, agreement=agreement)
+        _collect(talk, hub, boxes, secure)
+        asked = write_table(dict.fromkeys(hub.arrived, b""))
+        revealed = talk.ask(REVEAL, dict.fromkeys(hub.arrived, asked))
+        total = hub.total(revealed, threshold=threshold)
+    except (FileError, OptionError) as error:
+        for number in set(keys) - set(talk.silent):
+            talk.refused.setdefault(number, f"the sum was not opened: {error}")
+        return None
+    # One that fell silent behind its vector is in the sum all the same.
+    talk.counted = hub.arrived
+    for number in hub.arrived:
+        talk.silent.pop(number, None)
+    weight = sum(samples[number] for number in hub.arrived) / max(samples.values())
+    return [tensor / weight for tensor in off_grid(total, secure, talk.server.layout)]
+
+
+def _heard(
+    talk: Talk, chosen: Sequence[int], agreement: Agreement
+) -> tuple[dict[int, int], dict[int, bytes]]:
+    """Samples and keys of those that begin the round."""
+    samples, keys = {}, {}
+    downloads = {number: talk.server.download(number) for number in chosen}
+    probe = agreement.secret(secrets.token_bytes)
+    for number, answer in talk.ask(KEYS, downloads).items():
+        try:
+            count = int.from_bytes(answer[: _SAMPLES.size], "little")
+            if not 1 <= count <= talk.server.most_samples:
+                raise FileError(f"it claims {count} samples; check who sends that")
+            key = checked_keys(answer[_SAMPLES.size :], agreement)
+            # A key that fits nobody would silence all others when they meet it.
+            for at in (0, agreement.public_size):
+                agreement.agree(probe, key[at : at + agreement.public_size])
+        except FileError as error:
+            talk.refused[number] = str(error)
+            continue
+        talk.server.answered(number)
+        samples[number], keys[number] = count, key
+    return samples, keys
+
+
+def _shared(
+    talk: Talk, samples: Mapping[int, int], keys: Mapping[int, bytes]
+) -> dict[int, dict[int, bytes]]:
+    """By sender: the sealed shares for each receiver."""
+    table = write_table({n: _SAMPLES.pack(samples[n]) + key for n, key in keys.items()})
+    found = {}
+    for number, answer in talk.ask(SHARES, dict.fromkeys(keys, table)).items():
+        try:
+            box = read_table(answer)
+            if set(box) != set(keys) - {number}:
+                raise FileError(
+                    "it does not share its secrets with each other client; leave it out"
+                )
+        except FileError as error:
+            talk.refused[number] = str(error)
+            continue
+        found[number] = box
+    return found
+
+
+def _collect(
+    talk: Talk, hub: SecureSum, boxes: Mapping[int, Mapping[int, bytes]], secure: Secure
+) -> None:
+    """Takes in the masked vectors."""
+    asked = {
+        number: write_table({n: box[number] for n, box in boxes.items() if n != number})
+        for number in boxes
+    }
+    for number, answer in talk.ask(MASKED, asked).items():
+        try:
+            size, round_ = talk.server.layout.numbers, talk.server.round
+            hub.add(number, read_vector(answer, size, round_, secure.modulus_bits))
+        except FileError as error:
+            talk.refused[number] = str(error)

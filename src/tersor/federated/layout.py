@@ -1,0 +1,82 @@
+"""What is exchanged: the trained tensors of a network, and the statistics beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tersor.codec.coders import Shape
+from tersor.codec.geometry import matrix_of
+from tersor.errors import ModelError
+from tersor.train.states import put, statistics
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes in the network's order. Both ends know them, so that no message has to say them.
+
+    trained: how many of them are trained; the others are statistics, as of batch norms
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    trained: int
+
+    @property
+    def numbers(self) -> int:
+        """In all tensors together."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def matrices(self) -> list[Shape]:
+        """Of the trained tensors, as they are coded."""
+        return [matrix_of(shape, shape) for shape in self.shapes[: self.trained]]
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Raises ModelError where a network has nothing to train."""
+    parameters, buffers = _tensors(model)
+    if not parameters:
+        raise ModelError(
+            f"{type(model).__name__} has no parameter that requires a gradient, so there is "
+            "nothing to exchange; train it before it is quantized, or call requires_grad_(True)"
+        )
+    shapes = tuple(tuple(tensor.shape) for tensor in (*parameters, *buffers))
+    return Layout(shapes, len(parameters))
+
+
+def state_of(model: nn.Module) -> list[Tensor]:
+    """Copies in float32 on the CPU. Whole-number buffers, as counts of batches, are not in it."""
+    return [
+        t.detach().to("cpu", torch.float32, copy=True) for group in _tensors(model) for t in group
+    ]
+
+
+def put_state(model: nn.Module, state: Sequence[Tensor]) -> None:
+    """The inverse of `state_of`, in place."""
+    with torch.no_grad():
+        put([tensor for group in _tensors(model) for tensor in group], state)
+
+
+def identity(state: Sequence[Tensor]) -> bytes:
+    """8 bytes that tell one state from another, to find ends that no longer agree."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in state:
+        # Adding 0 makes one of both zeros.
+        digest.update((tensor + 0.0).contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def length(tensors: Sequence[Tensor]) -> float:
+    """Of all of them as one vector, in double precision."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Trained parameters and floating statistics; tied ones once."""
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    return parameters, [b for b in statistics(model) if b.is_floating_point()]

@@ -1,0 +1,126 @@
+"""Processes that train one network: the same start, averaged gradients, the same end.
+
+Pass `Averaging` to `fit` as a regime, `Portion` as its lessons and `agreed` as its judge, in a
+program that torchrun starts. `add_hook` is for a loop of your own, with DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from tersor.errors import OptionError
+from tersor.train.distributed.compressor import Compressor
+from tersor.train.distributed.exchange import Group, gathered, in_processes, mean, world
+from tersor.train.distributed.traffic import Traffic, plain_bytes
+from tersor.train.regime import Regime
+from tersor.train.states import statistics
+
+
+class Averaging(Regime):
+    """Averages the gradients of all processes, so that their weights stay the same.
+
+    A judge should be the same on all of them: see `agreed`. Checkpoints differ, by what a process
+    has yet to send: give each rank's `TrainingLog` a folder of its own.
+
+    compressor: this process's own; every process needs one made alike
+    group: of processes; None means all
+
+    Raises OptionError in `begin` without a process group, and where networks differ.
+    """
+
+    def __init__(self, compressor: Compressor, *, group: Group = None) -> None:
+        self.traffic = Traffic()
+        self._compressor, self._group = compressor, group
+
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """Every process starts from the weights of the first."""
+        self._model, self._trained = model, trained_of(model)
+        begin_alike(model, self._group)
+
+    def gradients(self, step: int) -> None:
+        """Puts the mean in the place of each gradient; one that is None counts as zero."""
+        own = [
+            torch.zeros_like(weight) if weight.grad is None else weight.grad
+            for weight in self._trained
+        ]
+        averaged, sent = in_processes(self._compressor.average(own), self._group)
+        for weight, gradient in zip(self._trained, averaged, strict=True):
+            weight.grad = gradient
+        self.traffic.sent += sent
+        self.traffic.plain += plain_bytes(self._trained)
+
+    def enforce(self) -> None:
+        """Averages what batch norms remember of each process's batches."""
+        self.traffic.sent += average_statistics(self._model, self._group)
+
+    def state(self) -> dict[str, Any]:
+        """Of this process; another's differs."""
+        traffic = [self.traffic.sent, self.traffic.plain]
+        return {"compressor": self._compressor.state(), "traffic": traffic}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self._compressor.restore(state["compressor"])
+        self.traffic.sent, self.traffic.plain = state["traffic"]
+
+
+def agreed(judge: Callable[[], float], group: Group = None) -> Callable[[], float]:
+    """A judge whose word is the mean of all processes' words, so that they keep the same state."""
+
+    def common() -> float:
+        own = torch.tensor([judge()], dtype=torch.float64, device=_device(group))
+        return float(in_processes(mean([own]), group)[0][0])
+
+    return common
+
+
+def trained_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes, in the order of the network."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def begin_alike(model: nn.Module, group: Group = None) -> None:
+    """Gives every process the weights and statistics of the first.
+
+    Raises OptionError on each of them where they differ in number, shape or type.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    layout = str([(tuple(t.shape), str(t.dtype), t.requires_grad) for t in tensors])
+    own = torch.tensor([len(tensors), zlib.crc32(layout.encode())], device=_device(group))
+    found, _ = in_processes(gathered([own], _numbers), group)
+    if any(one != found[0] for one in found):
+        raise OptionError(
+            f"model: processes have networks that differ, with {[one[0] for one in found]} tensors "
+            "by rank; build the same network in each, with the same layers frozen"
+        )
+    with torch.no_grad():
+        for tensor in tensors:
+            distributed.broadcast(tensor.data, group=group, group_src=0)
+
+
+def average_statistics(model: nn.Module, group: Group = None) -> int:
+    """Gives every process the mean of all running statistics. Returns the bytes that it sent."""
+    found = [buffer for buffer in statistics(model) if buffer.is_floating_point()]
+    if not found:
+        return 0
+    means, sent = in_processes(mean([buffer.float() for buffer in found]), group)
+    for buffer, value in zip(found, means, strict=True):
+        buffer.copy_(value)
+    return sent
+
+
+def _numbers(everyone: list[list[Tensor]]) -> list[list[int]]:
+    return [parts[0].tolist() for parts in everyone]
+
+
+def _device(group: Group) -> torch.device:
+    """Where tensors must lie for the processes of `group` to exchange them."""
+    world(group)
+    if distributed.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

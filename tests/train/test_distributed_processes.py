@@ -1,0 +1,356 @@
+"""Two real processes over gloo. They run once, all scenarios in a row; tests read what came of it.
+
+This file is also the program of those processes: `python THIS rank folder`.
+"""
+
+import subprocess
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from tersor.errors import OptionError
+from tersor.task import classification
+from tersor.train import Labels, Training, TrainingLog, fit
+from tersor.train.distributed import (
+    DGC,
+    TORCH_HOOKS,
+    Averaging,
+    DiLoCo,
+    Int8,
+    LocalUpdates,
+    Portion,
+    PowerSGD,
+    RandomK,
+    Sign,
+    TopK,
+    Uncompressed,
+    add_hook,
+    add_torch_hook,
+    agreed,
+    in_processes,
+    shard,
+    simulate,
+    simulate_local,
+    world,
+)
+
+WORKERS, EPOCHS = 2, 2
+FLAT = Training(schedule="constant", warmup=0.0, clip=1e9)
+COMPRESSORS = {
+    "none": Uncompressed,
+    "powersgd": lambda: PowerSGD(1),
+    "topk": lambda: TopK(0.1),
+    "randomk": lambda: RandomK(0.1),
+    "sign": Sign,
+    "int8": Int8,
+    "dgc": lambda: DGC(0.1, warmup=4),
+}
+LOCAL = DiLoCo(every=2, compressor=Int8())
+
+
+def blobs(n: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three clouds in the plane."""
+    labels = torch.arange(n) % 3
+    centres = torch.tensor([[2.0, 0.0], [-1.0, 2.0], [-1.0, -2.0]])
+    return centres[labels] + torch.randn(n, 2, generator=torch.Generator().manual_seed(0)), labels
+
+
+def lessons() -> Labels:
+    return Labels(classification(train=blobs(), batch_size=32))
+
+
+def net(seed: int = 0, *, norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(seed)
+    middle = nn.BatchNorm1d(16) if norm else nn.Identity()
+    return nn.Sequential(nn.Linear(2, 16), middle, nn.ReLU(), nn.Linear(16, 3))
+
+
+class Blocks(nn.Module):
+    """The same layers in a list, which are gathered one at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(net())
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def loss_of(model, lesson):
+    return functional.cross_entropy(model(lesson.inputs), lesson.targets)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def always_better(first: int = 99):
+    """A judge with which the last state is kept."""
+    return partial(next, iter([float(n) for n in range(first, 0, -1)]))
+
+
+def fitted(model, regime, optimizer, *, first=99, log=None) -> None:
+    """Two epochs of this process's rows."""
+    fit(
+        model,
+        optimizer(model),
+        Portion(lessons(), *world()),
+        partial(loss_of, model),
+        epochs=EPOCHS,
+        judge=always_better(first),
+        generator=torch.Generator().manual_seed(1),
+        training=FLAT,
+        regimes=[regime],
+        log=log,
+    )
+
+
+def looped(model) -> None:
+    """The same in a loop of one's own."""
+    optimizer, generator = sgd(model), torch.Generator().manual_seed(1)
+    for _ in range(EPOCHS):
+        for lesson in Portion(lessons(), *world()).epoch(generator):
+            optimizer.zero_grad()
+            loss_of(model, lesson).backward()
+            optimizer.step()
+
+
+def end_of(model, sent=0) -> dict:
+    return {"state": {k: v.clone() for k, v in model.state_dict().items()}, "sent": sent}
+
+
+def by_regime(name: str) -> dict:
+    # Processes start apart, and `begin` brings them together.
+    model, regime = net(seed=world()[0]), Averaging(COMPRESSORS[name]())
+    fitted(model, regime, sgd)
+    return end_of(model, regime.traffic.sent)
+
+
+def by_hook(name: str) -> dict:
+    model = net()
+    parallel = DistributedDataParallel(model)
+    traffic = add_hook(parallel, COMPRESSORS[name]())
+    looped(parallel)
+    return end_of(model, traffic.sent)
+
+
+def by_torch(name: str) -> dict:
+    model = net()
+    parallel = DistributedDataParallel(model)
+    add_torch_hook(parallel, name)
+    looped(parallel)
+    return end_of(model)
+
+
+def by_local_updates() -> dict:
+    model, regime = net(seed=world()[0]), LocalUpdates(LOCAL)
+    fitted(model, regime, adam)
+    return end_of(model, regime.traffic.sent)
+
+
+def by_shards() -> dict:
+    model = shard(Blocks())
+    looped(model)
+    return {"state": {k: v.full_tensor() for k, v in model.state_dict().items()}, "sent": 0}
+
+
+def with_batch_norm() -> dict:
+    model = net(norm=True).train()
+    fitted(model, Averaging(Uncompressed()), sgd)
+    return end_of(model)
+
+
+def killed_and_resumed(folder: Path) -> dict:
+    """A training that stops after four of six steps, and goes on from what was kept."""
+    folder = folder / f"log{world()[0]}"
+
+    class Stop(Averaging):
+        def after(self, step):
+            if step == 3:
+                raise KeyboardInterrupt
+
+    log = TrainingLog(folder, minutes=0, show=False)
+    with suppress(KeyboardInterrupt):
+        fitted(net(), Stop(TopK(0.1)), sgd, log=log)
+    model, regime = net(seed=7), Averaging(TopK(0.1))
+    fitted(model, regime, sgd, first=9, log=log)
+    return end_of(model, regime.traffic.sent)
+
+
+def refusals() -> dict:
+    """What processes say about networks and gradients that differ."""
+    found = {}
+    rank = world()[0]
+    try:
+        Averaging(TopK()).begin(nn.Linear(2, 3 + rank), 1)
+    except OptionError as error:
+        found["networks"] = str(error)
+    own = agreed(lambda: float(rank))()
+    return {"said": found, "agreed": own}
+
+
+def main(rank: int, folder: Path) -> None:
+    """All scenarios, with results in the folder."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORKERS
+    )
+    results = {("regime", name): by_regime(name) for name in COMPRESSORS}
+    results |= {("hook", name): by_hook(name) for name in COMPRESSORS}
+    results |= {("torch", name): by_torch(name) for name in ("allreduce", "powersgd")}
+    results["local"] = by_local_updates()
+    results["shards"] = by_shards()
+    results["norm"] = with_batch_norm()
+    results["resumed"] = killed_and_resumed(folder)
+    results["refusals"] = refusals()
+    torch.save(results, folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """Results of both processes, by scenario."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, __file__]
+    running = [
+        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
+        for rank in range(WORKERS)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * WORKERS, "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORKERS)]
+
+
+def simulated(compressor, **options):
+    model = net()
+    done = simulate(
+        model,
+        sgd(model),
+        lessons(),
+        partial(loss_of, model),
+        compressor=compressor,
+        workers=WORKERS,
+        epochs=EPOCHS,
+        generator=torch.Generator().manual_seed(1),
+        training=FLAT,
+        **options,
+    )
+    return model, done.traffic
+
+
+def close(state, other, tolerance=1e-5):
+    return all(torch.allclose(state[key], other[key], atol=tolerance) for key in other)
+
+
+@pytest.mark.parametrize("way", ["regime", "hook"])
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_every_rank_ends_with_the_same_weights_as_in_the_simulation(ends, way, name):
+    first, second = (end[way, name] for end in ends)
+    for key, value in first["state"].items():
+        assert torch.equal(value, second["state"][key]), key
+    model, traffic = simulated(COMPRESSORS[name]())
+    assert close(first["state"], model.state_dict(), 1e-4)
+    assert first["sent"] == second["sent"] == traffic.sent
+
+
+def test_torchs_own_hooks_are_reached_by_name(ends):
+    model, _ = simulated(Uncompressed())
+    for name in ("allreduce", "powersgd"):
+        # Its PowerSGD averages plainly at first.
+        assert close(ends[0]["torch", name]["state"], model.state_dict())
+        assert close(ends[0]["torch", name]["state"], ends[1]["torch", name]["state"], 0)
+    assert "powersgd_rank2" in TORCH_HOOKS
+
+
+def test_local_updates_are_those_of_the_simulation(ends):
+    first, second = (end["local"] for end in ends)
+    assert close(first["state"], second["state"], 0)
+    model = net()
+    done = simulate_local(
+        model,
+        partial(adam, model),
+        lessons(),
+        partial(loss_of, model),
+        LOCAL,
+        workers=WORKERS,
+        epochs=EPOCHS,
+        generator=torch.Generator().manual_seed(1),
+        training=FLAT,
+    )
+    assert close(first["state"], model.state_dict())
+    # 3 outer steps of 99 bytes and 4 scales.
+    assert first["sent"] == done.traffic.sent == 3 * (99 + 16)
+
+
+def test_shards_learn_what_whole_networks_do(ends):
+    model, _ = simulated(Uncompressed())
+    for end in ends:
+        found = {
+            key.removeprefix("blocks."): value for key, value in end["shards"]["state"].items()
+        }
+        assert close(found, model.state_dict())
+
+
+def test_running_statistics_are_the_same_on_every_rank(ends):
+    first, second = (end["norm"]["state"] for end in ends)
+    assert close(first, second, 0)
+    assert first["1.num_batches_tracked"] == 6
+
+
+def test_a_training_that_was_killed_ends_as_one_that_was_not(ends):
+    for end in ends:
+        assert close(end["resumed"]["state"], end["regime", "topk"]["state"], 0)
+        assert end["resumed"]["sent"] == end["regime", "topk"]["sent"]
+
+
+def test_networks_that_differ_are_refused_on_every_rank(ends):
+    for end in ends:
+        assert "processes have networks that differ" in end["refusals"]["said"]["networks"]
+
+
+def test_ranks_agree_on_the_mean_of_their_verdicts(ends):
+    assert [end["refusals"]["agreed"] for end in ends] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        world,
+        lambda: Averaging(TopK()).begin(net(), 1),
+        lambda: LocalUpdates().begin(net(), 1),
+        lambda: shard(net()),
+        lambda: agreed(lambda: 0.0)(),
+        lambda: in_processes(TopK().average([torch.ones(3)])),
+    ],
+)
+def test_without_a_process_group_the_way_out_is_named(use):
+    with pytest.raises(OptionError, match=r"no process group .*init_process_group.* torchrun"):
+        use()
+
+
+def test_a_compressor_does_not_go_with_shards():
+    with pytest.raises(OptionError, match="compressor=TopK does not go with a sharded model"):
+        shard(net(), compressor=TopK())
+
+
+def test_an_unknown_hook_is_refused():
+    with pytest.raises(OptionError, match="name='zip' is no hook of torch; the names are"):
+        add_torch_hook(None, "zip")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
