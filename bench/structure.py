@@ -97,13 +97,13 @@ def pairs() -> Task:
     )
 
 
-def resnet(name: str) -> dict[str, Any]:
-    """A CIFAR ResNet at 2.1 times fewer multiply-adds, then three epochs of distillation."""
+def resnet(name: str, keep: float = KEEP, epochs: int = 3) -> dict[str, Any]:
+    """A CIFAR ResNet at so much of its multiply-adds, then so many epochs of distillation."""
     model, task = getattr(zoo, name)().eval(), cifar()
     example = task.example(1)
     before = macs(model, example).total
     found: dict[str, Any] = {"accuracy": accuracy(model, task), "macs": before}
-    cut, seconds = timed(lambda: gradually(model, task, STEPS))
+    cut, seconds = timed(lambda: gradually(model, task, keep, STEPS))
     found["cut"] = {
         "macs": macs(cut, example).total,
         "times_fewer": before / macs(cut, example).total,
@@ -112,7 +112,7 @@ def resnet(name: str) -> dict[str, Any]:
         "kept": [step.outcome["kept"] for step in cut.recipe.steps],
     }
     print(found, flush=True)
-    options = {"epochs": 3, "rate": 2e-3, "temperature": 64.0}
+    options = {"epochs": epochs, "rate": 2e-3, "temperature": 64.0}
     tuned, seconds = timed(
         lambda: run(cut, [{"method": "distill.logits", "options": options}], task, original=model)
     )
@@ -120,13 +120,13 @@ def resnet(name: str) -> dict[str, Any]:
     return found
 
 
-def gradually(model: nn.Module, task: Task, steps: int) -> nn.Module:
+def gradually(model: nn.Module, task: Task, keep: float, steps: int) -> nn.Module:
     """In equal steps, the last one to the goal."""
     example = task.example(1)
-    goal, cut = KEEP * macs(model, example).total, model
+    goal, cut = keep * macs(model, example).total, model
     for left in range(steps, 0, -1):
-        keep = (goal / macs(cut, example).total) ** (1 / left)
-        cut = run(cut, [{"method": "cut.channels", "options": {"keep": keep}}], task)
+        share = (goal / macs(cut, example).total) ** (1 / left)
+        cut = run(cut, [{"method": "cut.channels", "options": {"keep": share}}], task)
     return cut
 
 
@@ -256,6 +256,7 @@ def timed(work: Callable[[], nn.Module]) -> tuple[nn.Module, float]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "resnet20": lambda: resnet("resnet20"),
     "resnet56": lambda: resnet("resnet56"),
+    "resnet20 longer": lambda: resnet("resnet20", keep=0.5, epochs=20),
     "minilm": lambda: minilm("minilm"),
     "compose resnet20": lambda: compose("resnet20"),
     "compose minilm": lambda: compose("minilm"),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tersor.errors import OptionError, TaskError
-from tersor.task import classification, evaluation_mode, regression
+from tersor.task import classification, evaluation_mode, image_classification, regression
 from tersor.task.data import pieces
 
 
@@ -413,3 +413,16 @@ def test_pieces_are_about_as_large_as_each_other(count, rows):
 @pytest.mark.parametrize("count", [34, 66, 6, 100])
 def test_pairs_stay_together_in_pieces(count):
     assert all(len(part) % 2 == 0 for part in pieces([torch.arange(count)], 32))
+
+
+def test_held_out_labels_judge_training_and_are_not_needed():
+    x, y = torch.randn(60, 4), torch.arange(60) % 3
+    model = torch.nn.Linear(4, 3)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(x[40:]), y[40:])
+    task = classification(train=(x[:40], y[:40]), holdout=(x[40:], y[40:]), batch_size=7)
+    assert task.validate(model) == pytest.approx(float(expected), rel=1e-5)
+    assert classification(train=(x[:40], y[:40]), holdout=x[40:]).validate(model) is None
+    pixels = torch.randint(256, (20, 1, 4, 4), dtype=torch.uint8)
+    pictures = image_classification(train=(pixels, y[:20]), holdout=(pixels, y[:20]))
+    assert pictures.validate(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)))

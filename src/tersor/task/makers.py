@@ -139,8 +139,8 @@ def as_labels(value: Any, where: str, *, classes: Sequence[str] | None = None) -
 
 
 def labels_of(name: str, labels: Any, count: int, classes: Sequence[str] | None) -> Tensor | None:
-    """The labels of `count` samples of a split; None where the split needs none."""
-    if name not in ("test", "train"):
+    """The labels of `count` samples of a split; None where it needs none, or has none held out."""
+    if name not in ("test", "train") and (name != "holdout" or labels is None):
         return None
     if labels is None:
         raise TaskError(f"{name} lacks its labels; give {name}=(inputs, labels)")

@@ -76,7 +76,8 @@ def tabular(
     splits: dict[str, Any] = {}
     for name, table in tables.items():
         inputs = torch.cat([_scaled(s, table.column(s.name)) for s in scalings], 1)
-        if name not in ("test", "train"):
+        kept = name in ("test", "train") or (name == "holdout" and target in table.columns)
+        if not kept:
             splits[name] = (inputs, None)
         elif classes is not None:
             splits[name] = inputs, label_numbers(table.column(target), classes, table.where)

@@ -53,7 +53,7 @@ def text_classification(
     splits = {}
     for name, table in tables.items():
         labels = None
-        if name in ("test", "train"):
+        if name in ("test", "train") or (name == "holdout" and label in table.columns):
             labels = label_numbers(table.column(label), classes, table.where)
         encoded = _encoded(table.column(text), name, reader, max_length)
         splits[name] = _rows(encoded, labels, padding_of(reader), batch_size)
