@@ -424,5 +424,6 @@ def test_held_out_labels_judge_training_and_are_not_needed():
     assert task.validate(model) == pytest.approx(float(expected), rel=1e-5)
     assert classification(train=(x[:40], y[:40]), holdout=x[40:]).validate(model) is None
     pixels = torch.randint(256, (20, 1, 4, 4), dtype=torch.uint8)
-    pictures = image_classification(train=(pixels, y[:20]), holdout=(pixels, y[:20]))
+    data = (pixels, y[:20])
+    pictures = image_classification(train=data, holdout=data, layout="NCHW")
     assert pictures.validate(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)))
