@@ -17,7 +17,7 @@ from tersor.methods import TABLE, replay, run
 from tersor.recipe import defaults_of, name_of
 from tersor.surgery import walk
 from tersor.surgery.chain import Chain
-from tersor.task import Task, classification
+from tersor.task import Task, classification, language_model
 
 every_technique = pytest.mark.parametrize("name", TABLE)
 
@@ -33,14 +33,24 @@ BEFORE = {"recover.polish": {"method": "prune.magnitude", "options": {"sparsity"
 TIES = {"share.layers"}
 # What is promised must hold after a few steps as well as after many.
 QUICK = {
+    "cut.group_lasso": {"epochs": 1},
     "prune.gradual": {"sparsity": 0.5, "epochs": 2},
+    "prune.movement": {"sparsity": 0.5, "epochs": 2},
+    "prune.l0": {"sparsity": 0.5, "epochs": 2},
+    "prune.lottery": {"rounds": 2, "epochs": 1},
     "quantize.adaround": {"steps": 60},
     "quantize.lsq": {"epochs": 4},
+    "quantize.rate": {"epochs": 4},
     "quantize.mixed": {"generations": 1},
+    "distill.data_free": {"inputs": 16, "steps": 3},
 }
+# One that works on language alone, and one that makes up its inputs, which are numbers then.
+SPEAKS, DREAMS = "distill.on_policy", "distill.data_free"
 # What makes the network itself smaller, and may do so again.
 CUTS = {name for name in TABLE if name.startswith("cut.")}
 BLOCKS = [f"blocks.{n}.{layer}" for n in range(2) for layer in ("up", "down")]
+# What learns from labels alone, since it starts from an untrained network.
+LABELLED = {"prune.lottery"}
 # One that stores something beside the weights, much less than they had before.
 CORRECTIONS = {"recover.lqer"}
 
@@ -57,7 +67,12 @@ class Block(nn.Module):
 
 
 class Everything(nn.Module):
-    """One of each layer that keeps its weight in its own way; the embedding is also the output."""
+    """One of each layer that keeps its weight in its own way; the embedding is also the output.
+
+    `speaks`: it says something about each token, and not about all of them together
+    """
+
+    speaks = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,13 +88,15 @@ class Everything(nn.Module):
         self.output.weight = self.embedding.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
+        # Numbers stand for mixtures of tokens.
+        x = ids @ self.embedding.weight if ids.is_floating_point() else self.embedding(ids)
         x = self.norm(self.conv(x.transpose(1, 2))).transpose(1, 2).relu()
         x = x + self.lstm(x)[0]
         x = x + self.attention(x, x, x, need_weights=False)[0]
         for block in self.blocks:
             x = block(x)
-        return self.output(self.inner(self.mix(x).relu()).mean(1))
+        x = self.inner(self.mix(x).relu())
+        return self.output(x if self.speaks else x.mean(1))
 
 
 def net() -> nn.Module:
@@ -96,8 +113,16 @@ def ids(n: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture
-def task() -> Task:
-    return classification(calibration=ids(128, 100), holdout=ids(64, 101))
+def task(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Task:
+    name = request.node.callspec.params["name"]
+    if name == SPEAKS:
+        monkeypatch.setattr(Everything, "speaks", True)
+        return language_model(calibration=ids(128, 100), holdout=ids(64, 101))
+    if name == DREAMS:
+        return classification(calibration=torch.zeros(8, 6, 24))
+    labelled = name in LABELLED
+    train = {"train": (ids(128, 102), torch.arange(128) % 24)} if labelled else {}
+    return classification(calibration=ids(128, 100), holdout=ids(64, 101), **train)
 
 
 def steps(name: str, **options: object) -> list[dict[str, object]]:
@@ -235,7 +260,7 @@ def test_excluded_layers_are_left_alone(name, task):
     # Preparations need one linear layer that is free, and one more to share with.
     mix = [] if name in PREPARATIONS else ["Conv1D"]
     model, recipe = net(), steps(name, exclude=["lstm", "output", *mix])
-    recipe[0]["options"] |= recipe[-1]["options"]
+    recipe[0]["options"]["exclude"] = recipe[-1]["options"]["exclude"]
     done = run(model, recipe, task)
     left = ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "embedding.weight"]
     for path in [*left, "mix.weight"] if mix else left:

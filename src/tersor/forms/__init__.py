@@ -9,11 +9,13 @@ from tersor.forms.codebook import Codebook
 from tersor.forms.dense import Dense
 from tersor.forms.fake_affine import FakeAffine
 from tersor.forms.form import Form
+from tersor.forms.hard_concrete import HardConcrete
 from tersor.forms.nofm import NofM
 from tersor.forms.product_codebook import ProductCodebook
 from tersor.forms.residual import Residual
 from tersor.forms.rotated import Rotated
 from tersor.forms.rounded import Rounded
+from tersor.forms.soft_mask import SoftMask
 from tersor.forms.trellis import Trellis
 
 KINDS: dict[str, type[Form]] = {
@@ -45,10 +47,12 @@ __all__ = [
     "Dense",
     "FakeAffine",
     "Form",
+    "HardConcrete",
     "NofM",
     "ProductCodebook",
     "Residual",
     "Rotated",
     "Rounded",
+    "SoftMask",
     "Trellis",
 ]

@@ -6,14 +6,26 @@ from torch import nn
 
 from tersor.methods.cut.channels import channels
 from tersor.methods.cut.depth import depth
+from tersor.methods.cut.group_lasso import group_lasso
+from tersor.methods.distill.attention import attention
+from tersor.methods.distill.data_free import data_free
+from tersor.methods.distill.decoupled import decoupled
+from tersor.methods.distill.features import features
+from tersor.methods.distill.layers import layers as taught_layers
 from tersor.methods.distill.logits import logits
+from tersor.methods.distill.on_policy import on_policy
+from tersor.methods.distill.relations import relations
 from tersor.methods.factorize.cp import cp
 from tersor.methods.factorize.nmf import nmf
 from tersor.methods.factorize.svd import svd
 from tersor.methods.factorize.tensor_train import tensor_train
 from tersor.methods.factorize.tucker import tucker
 from tersor.methods.prune.gradient import gradient
+from tersor.methods.prune.gradual import gradual
+from tersor.methods.prune.l0 import l0
+from tersor.methods.prune.lottery import lottery
 from tersor.methods.prune.magnitude import magnitude
+from tersor.methods.prune.movement import movement
 from tersor.methods.prune.obs import obs
 from tersor.methods.prune.sparsegpt import sparsegpt
 from tersor.methods.prune.wanda import wanda
@@ -49,6 +61,7 @@ from tersor.methods.transform.smooth import smooth
 
 TABLE: dict[str, Callable[..., nn.Module]] = {
     "cut.channels": channels,
+    "cut.group_lasso": group_lasso,
     "cut.depth": depth,
     "share.layers": layers,
     "factorize.svd": svd,
@@ -65,6 +78,10 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "prune.wanda": wanda,
     "prune.sparsegpt": sparsegpt,
     "prune.obs": obs,
+    "prune.gradual": gradual,
+    "prune.movement": movement,
+    "prune.l0": l0,
+    "prune.lottery": lottery,
     "quantize.cast": cast,
     "quantize.rtn": rtn,
     "quantize.gptq": gptq,
@@ -84,10 +101,17 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "quantize.dynamic": dynamic,
     "share.kmeans": kmeans,
     "share.product": product,
+    "distill.logits": logits,
+    "distill.decoupled": decoupled,
+    "distill.features": features,
+    "distill.attention": attention,
+    "distill.relations": relations,
+    "distill.layers": taught_layers,
+    "distill.on_policy": on_policy,
+    "distill.data_free": data_free,
     "recover.polish": polish,
     "recover.batchnorm": batchnorm,
     "recover.bias": bias,
-    "distill.logits": logits,
     "recover.lqer": lqer,
     "recover.scales": scales,
 }

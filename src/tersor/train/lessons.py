@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from tersor.errors import ModelError, TaskError
 from tersor.surgery.hold import decoded
 from tersor.task import Inputs, Task, evaluation_mode
 from tersor.task.data import pieces
+from tersor.train.memory import Memory
 
 T = TypeVar("T")
 CLASSES = ("classification", "language")
@@ -77,7 +79,7 @@ class Labels:
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
         """Training batches, shuffled."""
-        return itertools.starmap(Lesson, _behind(self.task.train(generator), skip))
+        return itertools.starmap(Lesson, behind(self.task.train(generator), skip))
 
     def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
         """Of the outputs and the labels."""
@@ -118,6 +120,8 @@ class Teacher:
         need not give numbers as large as the teacher's
     labels: share of the task's own loss in the whole, 0 to 1; 0 looks at no label
     watch: entered around each run of `original`; what it gives goes with the lesson as `inside`
+    folder: where answers are kept, so that no row of inputs is asked about twice, see `Memory`;
+        nothing is watched then
     """
 
     original: nn.Module
@@ -126,7 +130,9 @@ class Teacher:
     standardize: bool = False
     labels: float = 0.0
     watch: Callable[[], AbstractContextManager[Any]] = nullcontext
+    folder: Path | None = None
     _count: int = field(default=0, init=False)
+    _memory: Memory | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         """Batches in an epoch; reads the data through once."""
@@ -135,7 +141,10 @@ class Teacher:
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
         """Every batch once, in another order each time, and the answers to it."""
-        return map(self._answered, _behind(self._batches(generator), skip))
+        if self.folder is not None:
+            self._memory = self._memory or Memory(self.folder, self.original, self.task)
+            self._memory.begin()
+        return map(self._answered, behind(self._batches(generator), skip))
 
     def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
         """Mean divergence of the outputs, and the share of the labels' loss."""
@@ -163,9 +172,14 @@ class Teacher:
         return lesson.answer
 
     def _answered(self, lesson: Lesson) -> Lesson:
-        with evaluation_mode(self.original), self.watch() as inside:
-            answer = self.task.predict(self.original, lesson.inputs)
-        return lesson._replace(answer=answer, inside=inside)
+        def ask(inputs: Inputs) -> Tensor:
+            return self.task.predict(self.original, inputs)
+
+        with evaluation_mode(self.original):
+            if self._memory is not None:
+                return lesson._replace(answer=self._memory.answered(lesson.inputs, ask))
+            with self.watch() as inside:
+                return lesson._replace(answer=ask(lesson.inputs), inside=inside)
 
     def _batches(self, generator: torch.Generator) -> Iterator[Lesson]:
         if self.task.has_train:
@@ -213,7 +227,7 @@ def answers(
     return Answers(task, found)
 
 
-def _behind(batches: Iterator[T], skip: int) -> Iterator[T]:
+def behind(batches: Iterator[T], skip: int) -> Iterator[T]:
     """What follows the first `skip`, which are read now and not with the next one."""
     for _ in itertools.islice(batches, skip):
         pass

@@ -48,6 +48,7 @@ def logits(
     """Trains everything that is stored as plain or sparse floats, in place.
 
     original: the teacher; `run` passes the network it was given, or its own `original`
+    log: one with a folder also keeps the teacher's answers there, see `tersor.train.memory`
     epochs: passes over the training inputs of the task, or its calibration inputs if it has none
     rate: the highest
     temperature: what logits are divided by, for classes; from about 50 on the logits themselves
@@ -71,6 +72,7 @@ def logits(
         labels=labels,
         temperature=temperature,
         standardize=standardize,
+        log=log,
     )
     return model, learn(
         "distill.logits",

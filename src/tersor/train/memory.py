@@ -1,0 +1,162 @@
+"""What a teacher said, kept on disk: each row of inputs is asked about once.
+
+Files are safetensors, so what is read from them can run nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tersor.files import atomic
+from tersor.task import Inputs, Task
+from tersor.task.data import apply, rows_in, tensors_of
+
+MOST_BYTES = 2**30
+"""Of all files in a folder. One gibibyte holds 25 million rows of ten classes, and few of a large
+vocabulary."""
+_DIGEST = 16
+_EPOCHS = 2
+"""Without a row that comes back, after which no more are kept: a loader varies its inputs."""
+
+
+class Memory:
+    """Answers of one network to the inputs of one task, in a folder.
+
+    They are those of the batch in which a row came first; in another one they may differ in their
+    last digits.
+    """
+
+    def __init__(
+        self, folder: Path, network: nn.Module, task: Task, *, most_bytes: int = MOST_BYTES
+    ) -> None:
+        """Reads which rows are known. Files that are damaged count as not there.
+
+        most_bytes: of all files in the folder; where they are too many, those of other networks go
+            first, the oldest before the others, and then nothing more is kept
+        """
+        self._folder, self._most = folder, most_bytes
+        self._name = fingerprint(network, task)
+        self._unit = 2 if task.kind == "embedding" else 1
+        self._known: dict[bytes, tuple[Path, int]] = {}
+        self._epochs = self._found = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob(f"{self._name}-*.safetensors")):
+            for place, digest in enumerate(_digests_in(path)):
+                self._known[digest] = path, place
+
+    def begin(self) -> None:
+        """Another epoch starts."""
+        self._epochs += 1
+
+    def answered(self, inputs: Inputs, ask: Callable[[Inputs], Tensor]) -> Tensor:
+        """The rows of `task.predict` for `inputs`. ask: what gives them for rows that are new"""
+        digests = _digests(inputs, self._unit)
+        new = [place for place, digest in enumerate(digests) if digest not in self._known]
+        self._found += len(digests) - len(new)
+        if len(new) == len(digests):
+            asked = ask(inputs)
+            self._keep(digests, asked)
+            return asked
+        answers: list[Tensor | None] = self._read(digests)
+        if new:
+            rows = torch.tensor([self._unit * n + k for n in new for k in range(self._unit)])
+            asked = ask(apply(lambda tensor: tensor[rows.to(tensor.device)], inputs))
+            self._keep([digests[place] for place in new], asked)
+            for place, part in zip(new, _parts(asked, len(new)), strict=True):
+                answers[place] = part
+        device = next(iter(tensors_of(inputs).values())).device
+        return torch.cat([part.to(device) for part in answers if part is not None])
+
+    def _read(self, digests: Sequence[bytes]) -> list[Tensor | None]:
+        files: dict[Path, list[tuple[int, int]]] = {}
+        for at, digest in enumerate(digests):
+            if digest in self._known:
+                path, place = self._known[digest]
+                files.setdefault(path, []).append((at, place))
+        found: list[Tensor | None] = [None] * len(digests)
+        for path, places in files.items():
+            with safe_open(path, framework="pt") as file:
+                kept = file.get_slice("answers")
+                for at, place in places:
+                    found[at] = kept[place : place + 1][0]
+        return found
+
+    def _keep(self, digests: Sequence[bytes], answers: Tensor) -> None:
+        """One more file, where there is room and rows come back at all."""
+        size = answers.numel() * answers.element_size() + _DIGEST * len(digests)
+        if (self._epochs > _EPOCHS and not self._found) or not self._room(size):
+            return
+        name = hashlib.sha256(b"".join(digests)).hexdigest()[: 2 * _DIGEST]
+        path = self._folder / f"{self._name}-{name}.safetensors"
+        tensors = {
+            "rows": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
+            "answers": torch.stack(_parts(answers.detach().cpu(), len(digests))).contiguous(),
+        }
+        with atomic(path) as draft:
+            save_file(tensors, draft)
+        self._known |= {digest: (path, place) for place, digest in enumerate(digests)}
+
+    def _room(self, size: int) -> bool:
+        """Whether so many bytes fit, once answers of other networks are gone."""
+        files = sorted(self._folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
+        total = sum(path.stat().st_size for path in files)
+        others = [path for path in files if not path.name.startswith(f"{self._name}-")]
+        while total + size > self._most and others:
+            oldest = others.pop(0)
+            total -= oldest.stat().st_size
+            oldest.unlink()
+        return total + size <= self._most
+
+
+def fingerprint(network: nn.Module, task: Task) -> str:
+    """Of a network's weights, or of the file that it runs, and of a task."""
+    digest = hashlib.sha256(f"{type(network).__qualname__} {task.fingerprint()}".encode())
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for name, tensor in tensors.items():
+        _add(digest, name, tensor)
+    path = getattr(network, "path", None)
+    if not tensors and isinstance(path, Path):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[: 2 * _DIGEST]
+
+
+def _digests(inputs: Inputs, unit: int) -> list[bytes]:
+    """Of each `unit` rows of inputs, their shapes and types included."""
+    parts = {name: tensor.detach().cpu() for name, tensor in tensors_of(inputs).items()}
+    found = []
+    for start in range(0, rows_in(inputs), unit):
+        digest = hashlib.sha256()
+        for name, tensor in parts.items():
+            _add(digest, name, tensor[start : start + unit])
+        found.append(digest.digest()[:_DIGEST])
+    return found
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy())
+
+
+def _digests_in(path: Path) -> list[bytes]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows, kept = file.get_tensor("rows"), file.get_slice("answers").get_shape()
+    except (SafetensorError, OSError):
+        return []
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or kept[0] != len(rows):
+        return []
+    return [bytes(row) for row in rows.tolist()]
+
+
+def _parts(answers: Tensor, count: int) -> list[Tensor]:
+    """Rows of answers, as many for each of `count` inputs."""
+    return list(answers.reshape(count, -1, *answers.shape[1:]))
