@@ -160,3 +160,16 @@ def test_float16_and_other_classes_are_refused(task):
 def test_one_sample_left_over_is_no_batch(count):
     data = classification(calibration=inputs(count, 1), holdout=inputs(64, 2))
     logits(net(), data, original=net(), epochs=1)
+
+
+def test_what_is_left_out_is_not_trained(task):
+    model = net()
+    magnitude(model, sparsity=0.5)
+    before = copy.deepcopy(model)
+    logits(model, task, original=net(), epochs=10, rate=5e-3, include="4")
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert not torch.equal(model[4].weight, before[4].weight)
+    kept = copy.deepcopy(model)
+    logits(model, task, original=net(), epochs=10, rate=5e-3, exclude=["1", "0.bias"])
+    assert torch.equal(model[1].weight, kept[1].weight)
+    assert torch.equal(model[1].bias, kept[1].bias)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tersor
-from tersor.errors import OptionError, TaskError
+from tersor.errors import ModelError, OptionError, TaskError
 from tersor.forms import Rounded, Trellis
 from tersor.methods import rates, run
 from tersor.methods.prune.magnitude import magnitude
@@ -118,3 +118,34 @@ def test_wrong_use_is_refused(model, task):
         rate(copy.deepcopy(model))
     with pytest.raises(OptionError, match="already"):
         run(model, [{"method": "quantize.rtn"}, {"method": "quantize.rate"}], task)
+
+
+def test_averages_spend_what_was_asked_for(model, task):
+    options = {"bits": 1.2, "epochs": 16, "training": {"ema": 0.99}}
+    done = run(model, [{"method": "quantize.rate", "options": options}], task)
+    assert outcome(done)["bits"] <= 1.03 * 1.2
+
+
+def test_biases_with_something_in_common_keep_their_differences(task):
+    model = nn.Sequential(nn.Linear(2, 3))
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([100.0, 100.5, 101.0]))
+    rate(model, task, bits=8.0, epochs=1, rate=1e-6)
+    assert torch.allclose(model[0].bias, torch.tensor([100.0, 100.5, 101.0]), atol=0.05)
+
+
+def test_after_an_error_the_network_is_as_it_was(model):
+    before = copy.deepcopy(model)
+    bad = classification(train=(blobs(64)[0], torch.zeros(64).long()), holdout=blobs(8)[0])
+    bad.loss = lambda outputs, targets: outputs.sum() * float("nan")
+    with pytest.raises(ModelError, match="the loss is nan"):
+        rate(before, bad, bits=1.0)
+    assert all(site.form is None for site in walk(before))
+    pairs = zip(before.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_vectors_that_were_not_chosen_stay(model, task):
+    done = rate(copy.deepcopy(model), task, bits=1.0, epochs=1, include="2")
+    assert torch.equal(done[0].bias, model[0].bias)
+    assert torch.equal(done[4].weight, model[4].weight)

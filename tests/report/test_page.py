@@ -307,12 +307,19 @@ def luminance(colour: str) -> float:
 
 def test_learning_curves_lie_where_their_losses_are(tmp_path):
     training = [
-        {"step": "distill.logits", "losses": [1.0, 0.1], "judged": [0.1, 0.01], "stride": 50},
+        {
+            "step": "distill.logits",
+            "losses": [1.0, 0.1],
+            "judged": [0.1, 0.01],
+            "stride": 50,
+            "kept": 1,
+        },
         {"step": "none", "losses": [1.0], "judged": []},
         {"step": "broken", "losses": [float("nan"), None], "judged": [float("inf")]},
     ]
     page = html({"training": training}, tmp_path / "page.html").read_text("utf-8")
     assert page.count("distill.logits: steps") == 1
+    assert re.search("0.010* where it was kept", page)
     assert "none: steps" not in page
     # Two decades from 1 to 0.01: the line falls by half of them in the first half.
     assert re.search(r'class="front" x1="0.00%" x2="50.00%" y1="0.00%" y2="50.00%"', page)

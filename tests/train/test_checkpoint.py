@@ -1,5 +1,6 @@
 """A training that is stopped goes on as if it had not been."""
 
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import OptionError
+from tersor.errors import ModelError, OptionError, OutputError
 from tersor.task import classification
 from tersor.train import Labels, TrainingLog, fit
 from tersor.train.checkpoint import read, store
@@ -28,7 +29,10 @@ def net() -> nn.Module:
     return nn.Sequential(*parts)
 
 
-def train(folder=None, *, stop=None, optimizer="Adam", width=16, minutes=0.0, epochs=3):
+def train(
+    folder=None, *, stop=None, optimizer="Adam", width=16, minutes=0.0, epochs=3, seed=0, rate=0.02,
+    failure=None, judged=True,
+):  # fmt: skip
     """12 steps in an epoch; `minutes=0` writes a checkpoint behind each of them."""
     model = net().train() if width == 16 else nn.Linear(2, 3)
     torch.manual_seed(1)
@@ -36,8 +40,10 @@ def train(folder=None, *, stop=None, optimizer="Adam", width=16, minutes=0.0, ep
 
     def loss(lesson):
         seen.append(None)
-        if len(seen) == stop:
+        if len(seen) == stop and failure is None:
             raise Stop
+        if len(seen) == stop:
+            return failure * lessons.loss(model(lesson.inputs), lesson)
         return lessons.loss(model(lesson.inputs), lesson)
 
     def judge():
@@ -47,12 +53,12 @@ def train(folder=None, *, stop=None, optimizer="Adam", width=16, minutes=0.0, ep
 
     fitted = fit(
         model,
-        getattr(torch.optim, optimizer)(model.parameters(), lr=0.02),
+        getattr(torch.optim, optimizer)(model.parameters(), lr=rate),
         lessons,
         loss,
         epochs=epochs,
-        judge=judge,
-        generator=torch.Generator().manual_seed(0),
+        judge=judge if judged else None,
+        generator=torch.Generator().manual_seed(seed),
         training={"ema": 0.9, "accumulate": 2},
         log=TrainingLog(folder, minutes=minutes),
     )
@@ -82,10 +88,43 @@ def test_a_finished_training_is_not_done_again(tmp_path):
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     train(tmp_path)
-    with pytest.raises(OptionError, match="another network"):
-        train(tmp_path, width=3)
-    with pytest.raises(OptionError, match="18 steps where this one has 24"):
-        train(tmp_path, epochs=4)
+    for other in ({"width": 3}, {"epochs": 4}, {"optimizer": "SGD"}, {"seed": 2}, {"rate": 0.01}):
+        with pytest.raises(OptionError, match="holds another training"):
+            train(tmp_path, **other)
+
+
+def test_a_damaged_one_is_refused_and_the_network_is_as_it_was(tmp_path):
+    train(tmp_path)
+    path = tmp_path / "training.training.safetensors"
+    whole = read(path)
+    for key in ("optimizer", "random", "curve", "kept"):
+        store(path, {k: v for k, v in whole.items() if k != key})
+        with pytest.raises(OptionError, match="is damaged"):
+            train(tmp_path)
+    store(path, whole | {"tensors": [t * math.nan for t in whole["tensors"]]})
+    with pytest.raises(OptionError, match="holds NaN"):
+        train(tmp_path)
+
+
+def test_a_training_that_failed_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(ModelError, match="the loss is nan"):
+        train(tmp_path, stop=8, failure=math.nan)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        train(tmp_path / "file")
+
+
+def test_without_a_judge_the_last_state_counts_where_it_stops_too(tmp_path):
+    expected, whole = train(judged=False)
+    assert whole.epoch == 3
+    with pytest.raises(Stop):
+        train(tmp_path, stop=20, judged=False)
+    model, _ = train(tmp_path, judged=False)
+    assert torch.equal(model[0].weight, expected[0].weight)
 
 
 def test_what_is_stored_comes_back(tmp_path):

@@ -185,7 +185,7 @@ def killed_and_resumed(folder: Path) -> dict:
     log = TrainingLog(folder, minutes=0, show=False)
     with suppress(KeyboardInterrupt):
         fitted(net(), Stop(TopK(0.1)), sgd, log=log)
-    model, regime = net(seed=7), Averaging(TopK(0.1))
+    model, regime = net(), Averaging(TopK(0.1))
     fitted(model, regime, sgd, first=9, log=log)
     return end_of(model, regime.traffic.sent)
 

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from tersor.errors import ModelError, OptionError, TaskError
-from tersor.task import classification
+from tersor.methods import run
+from tersor.task import classification, regression
 from tersor.train import Labels, Regime, Training, fit
+from tersor.train.callbacks import trainer_callback
 from tersor.train.lessons import standardized
+from tersor.train.states import Average
 from train.test_loop import blobs, net, trained
 
 
@@ -250,3 +253,59 @@ def test_standardized_logits_have_mean_0_and_deviation_1():
     assert torch.allclose(rows[0].mean(), torch.tensor(0.0), atol=1e-6)
     assert torch.allclose(rows[0].std(correction=0), torch.tensor(1.0))
     assert torch.equal(rows[1], torch.zeros(3))
+
+
+def test_a_student_that_answers_as_its_teacher_is_not_dead():
+    x = torch.randn(96, 4)
+    model = nn.Linear(4, 2)
+    task = regression(calibration=x, holdout=x[:16])
+    steps = [{"method": "distill.logits", "options": {"epochs": 12}}]
+    done = run(model, steps, task, original=model)
+    assert not done.recipe.steps[-1].outcome["kept"]
+
+
+def test_a_loss_without_a_slope_stops_it():
+    task = classification(train=blobs(), batch_size=32)
+    model, lessons = net(), Labels(task)
+    with pytest.raises(ModelError, match="depends on no weight"):
+        fit(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), lessons,
+            lambda lesson: lessons.loss(model(lesson.inputs).detach(), lesson),
+            epochs=1, judge=falling(), generator=torch.Generator(),
+        )  # fmt: skip
+
+
+def test_a_judge_that_says_nan_stops_it():
+    with pytest.raises(ModelError, match="held-out inputs give NaN"):
+        trained(net(), Labels(classification(train=blobs(), batch_size=32)), judge=lambda: math.nan)
+
+
+def test_averages_of_few_bits_move():
+    values = [torch.ones(3, dtype=torch.bfloat16)]
+    average = Average(values, 0.999)
+    values[0] += 0.2
+    for _ in range(5000):
+        average.add()
+    with average.shown():
+        assert torch.allclose(values[0].float(), torch.full((3,), 1.2), atol=1e-2)
+        values[0][0] = 0
+    assert torch.allclose(values[0].float(), torch.full((3,), 1.2), atol=1e-2)
+    assert float(average.values[0][0]) == 0
+    assert float(average.values[0][1]) == pytest.approx(1.2, abs=1e-2)
+
+
+def test_settings_are_checked_before_the_first_step():
+    steps = [
+        {"method": "quantize.rtn"},
+        {"method": "distill.logits", "options": {"training": {"emma": 1}}},
+    ]
+    with pytest.raises(OptionError, match=r"step 2 of 2, distill.logits: training="):
+        run(net(), steps)
+
+
+def test_the_trainer_is_told_that_it_cannot_go_on():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    callback = trainer_callback(Regime())
+    state = transformers.TrainerState(global_step=3, max_steps=9)
+    with pytest.raises(OptionError, match="goes on at step 3"):
+        callback.on_train_begin(None, state, None, model=net())

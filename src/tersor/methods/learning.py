@@ -16,7 +16,7 @@ from tersor.measure.running import differentiable
 from tersor.methods.sparse import sparse_form
 from tersor.recipe import Outcome
 from tersor.surgery.hold import decoded, held
-from tersor.surgery.walk import Patterns, walk
+from tersor.surgery.walk import Patterns, vectors, walk
 from tersor.task import Task, evaluation_mode
 from tersor.train import (
     Fitted,
@@ -86,7 +86,7 @@ def learn(
     for parameter in parameters:
         parameter.grad = None
     if log is not None:
-        log.curves[name] = fitted.curve
+        log.curves[name if log.name == "training" else log.name] = fitted.curve
     return _outcome(fitted, unit, sum(p.numel() for p in parameters))
 
 
@@ -132,10 +132,14 @@ def trainable(
 ) -> list[nn.Parameter]:
     """Everything that is stored as plain or sparse floats, once. Raises OptionError without any.
 
-    include, exclude: with them vectors that match nothing are trained too
+    include, exclude: with them vectors that match nothing are trained too; excluded ones are not
     """
     chosen = {id(layer) for s in walk(model, include, exclude) for layer, _ in s.uses}
-    others = {id(layer) for s in walk(model) for layer, _ in s.uses} - chosen
+    left_out = [s for s in walk(model) if not any(id(layer) in chosen for layer, _ in s.uses)]
+    others = {id(layer) for s in left_out for layer, _ in s.uses}
+    others |= {id(form) for s in left_out if s.form is not None for form in s.form.modules()}
+    kept = {s.name for s in vectors(model, None, exclude)}
+    excluded = {id(getattr(*s.uses[0])) for s in vectors(model) if s.name not in kept}
     coded = {
         id(parameter)
         for _, form in held(model)
@@ -149,7 +153,7 @@ def trainable(
         for parameter in module._parameters.values():
             if parameter is not None and parameter.is_floating_point() and parameter.numel():
                 found[id(parameter)] = parameter
-    left = [parameter for key, parameter in found.items() if key not in coded]
+    left = [parameter for key, parameter in found.items() if key not in coded | excluded]
     for parameter in left:
         if parameter.dtype == torch.float16:
             raise ModelError(
@@ -166,8 +170,8 @@ def trainable(
 
 def _judge(
     name: str, model: nn.Module, task: Task, original: nn.Module | None
-) -> tuple[Callable[[], float], str]:
-    """What says how good a state is, and the unit it says it in."""
+) -> tuple[Callable[[], float] | None, str]:
+    """What says how good a state is, if anything does, and the unit it says it in."""
     if original is not None:
         held_out = task.holdout()
         if not held_out:
@@ -181,8 +185,7 @@ def _judge(
         return lambda: divergence_of(model, task, held_out, wanted), "divergence"
     if task.validate(model) is not None:
         return lambda: _loss(model, task), "loss"
-    later = iter(range(0, -(2**62), -1))
-    return lambda: float(next(later)), ""
+    return None, ""
 
 
 def _loss(model: nn.Module, task: Task) -> float:

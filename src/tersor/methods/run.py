@@ -20,7 +20,7 @@ from tersor.recipe import Recipe, Step, check_options, recipe_of
 from tersor.surgery.structure import structure_of
 from tersor.surgery.walk import check_finite
 from tersor.task import Task
-from tersor.train import TrainingLog
+from tersor.train import Training, TrainingLog
 
 Steps = Recipe | Sequence[Step | dict[str, Any]]
 
@@ -137,6 +137,7 @@ def check(steps: Sequence[Step], *, before: Sequence[str] = ()) -> None:
             )
         try:
             check_options(TABLE[step.method], step.options)
+            Training.of(step.options.get("training"))
         except OptionError as error:
             raise OptionError(f"{_where(number, steps)}: {error}") from None
     check_order(before, [step.method for step in steps])

@@ -36,7 +36,11 @@ def _picture(training: Data) -> Markup:
     )
     rows = [tag("span", f"{10.0**d:g}", style=f"top:{100 - axes.along(d, up):.2f}%") for d in up]
     columns = [tag("span", f"{t:g}", style=f"left:{axes.along(t, across):.2f}%") for t in across]
-    best = f", {figures.digits(min(judged))} at best" if judged else ""
+    kept = training.get("kept")
+    known = training.get("judged") or []
+    best = ""
+    if isinstance(kept, int) and 0 <= kept < len(known) and _finite([known[kept]]):
+        best = f", {figures.digits(known[kept])} where it was kept"
     words = f"{training.get('step')}: steps; upwards: loss (line), held-out by epoch (dots{best})"
     return tag(
         "div",

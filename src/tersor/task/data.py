@@ -33,7 +33,12 @@ class Rows:
             order = torch.randperm(self.count, generator=generator)
         # Not torch.split, which gives one empty batch where there are no samples.
         for start in range(0, self.count, self.batch_size):
-            yield self.gather(order[start : start + self.batch_size])
+            stop = start + self.batch_size
+            # A batch norm cannot train on one that is left over, so it joins the batch before.
+            if self.count - stop == 1 and self.batch_size > 1:
+                yield self.gather(order[start:])
+                return
+            yield self.gather(order[start:stop])
 
     def take(self, positions: Tensor) -> Rows:
         """Only the samples at `positions`."""

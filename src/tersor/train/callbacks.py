@@ -40,7 +40,7 @@ class Beside:
             regime.begin(model, int(steps))
 
     def gradients(self) -> None:
-        """Behind the backward pass."""
+        """Behind the backward pass; in transformers gradients are clipped already."""
         for regime in self._regimes:
             with torch.enable_grad():
                 penalty = regime.penalty(self.step)
@@ -58,13 +58,14 @@ class Beside:
 
     def finish(self) -> None:
         """Behind the last step. Raises OptionError where a regime has not come to its end."""
+        for regime in self._regimes:
+            regime.enforce()
         if not all(regime.settled for regime in self._regimes):
             raise OptionError(
                 f"the loop ended after {self.step} steps, before what it was to do was done; let "
                 "it run for as many steps as it said"
             )
         for regime in self._regimes:
-            regime.enforce()
             regime.finish()
 
     def state(self) -> dict[str, Any]:
@@ -134,6 +135,11 @@ def trainer_callback(*regimes: Regime) -> Any:
         """Calls the regimes."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.global_step:
+                raise OptionError(
+                    f"the Trainer goes on at step {state.global_step}, and its checkpoints do not "
+                    "hold how far regimes were; start it anew"
+                )
             beside.begin(given["model"], state.max_steps)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:

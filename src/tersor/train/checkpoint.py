@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tersor.errors import OptionError
+from tersor.errors import OptionError, OutputError
 from tersor.files import atomic
 
 _VERSION = 1
@@ -23,9 +23,16 @@ def store(path: Path, state: dict[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps({"version": _VERSION, "state": _taken_apart(state, tensors)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as draft:
-        save_file(tensors, draft, metadata={"tersor.training": plain})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as draft:
+            save_file(tensors, draft, metadata={"tersor.training": plain})
+    except OutputError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{path} cannot be written: {error}; choose a folder that is writable and has room"
+        ) from error
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -38,12 +45,13 @@ def read(path: Path) -> dict[str, Any] | None:
             if plain["version"] != _VERSION:
                 raise KeyError(f"version {plain['version']}")
             found = _together(plain["state"], file.get_tensor)
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            if not isinstance(found, dict):
+                raise TypeError("it holds no state")
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
         raise OptionError(
             f"{path} holds no training of this tersor ({error}); delete it to start anew, or name "
             "another folder"
         ) from error
-    assert isinstance(found, dict)
     return found
 
 

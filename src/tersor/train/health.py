@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from tersor.errors import ModelError
 
 _FIRST = 10
 """Steps whose losses say what is usual."""
 _EXPLODED = 1e4
 """A loss so many times the largest of those, or of 1, comes back no more."""
+_NOTHING = 1e-7
 _DEAD = 20
 """Steps without any gradient, in a row."""
 _SMALLEST_SCALE = 2.0**-14
@@ -27,9 +30,8 @@ class Health:
         self._dead = 0
 
     def check_loss(self, loss: float, step: int) -> None:
-        """Of one batch, or a penalty."""
-        if not math.isfinite(loss):
-            raise self._error(step, f"the loss is {loss}", "Ask for more bits or a lower rate")
+        """Of one batch."""
+        self.check_finite(loss, step)
         if step < _FIRST:
             self._usual = max(self._usual, abs(loss))
         elif abs(loss) > _EXPLODED * self._usual:
@@ -39,7 +41,26 @@ class Health:
                 "Use a lower rate, or a longer warm-up (training={'warmup': 0.2})",
             )
 
-    def may_step(self, length: float, step: int, scaler: Any) -> bool:
+    def check_finite(self, loss: float, step: int) -> None:
+        """Of a batch, or a penalty."""
+        if not math.isfinite(loss):
+            raise self._error(step, f"the loss is {loss}", "Ask for more bits or a lower rate")
+
+    def check_judged(self, found: float, step: int) -> None:
+        """What a state was judged at."""
+        if math.isnan(found):
+            raise self._error(step, "held-out inputs give NaN", "Use a lower rate")
+
+    def check_slope(self, loss: Tensor, step: int) -> None:
+        """Whether the loss depends on anything."""
+        if not loss.requires_grad:
+            raise self._error(
+                step,
+                "its loss depends on no weight",
+                "Look for detach() and no_grad() in the forward pass",
+            )
+
+    def may_step(self, length: float, loss: float, step: int, scaler: Any) -> bool:
         """False for a step to be left out, since gradients overflow at the scaler's scale.
 
         length: of all gradients together, before it is clipped
@@ -50,7 +71,8 @@ class Health:
             raise self._error(
                 step, f"the length of the gradient is {length}", "Ask for more bits or a lower rate"
             )
-        self._dead = self._dead + 1 if length == 0 else 0
+        # A student that answers as its teacher has nothing to learn, and is not dead.
+        self._dead = self._dead + 1 if length == 0 and abs(loss) > _NOTHING else 0
         if self._dead == _DEAD:
             raise self._error(
                 step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,13 @@ class Curve:
 
     losses: means over `stride` steps each, in order
     judged: by epoch, what the judge said; the first is of the start
+    kept: the epoch whose state was left behind
     """
 
     losses: list[float] = field(default_factory=list)
     judged: list[float] = field(default_factory=list)
     stride: int = 1
+    kept: int = 0
     _open: list[float] = field(default_factory=list)
 
     def add(self, loss: float) -> None:
@@ -52,7 +55,11 @@ class Curve:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Curve:
         """The inverse of `state`."""
-        return cls(state["losses"], state["judged"], state["stride"], state["open"])
+        return cls(state["losses"], state["judged"], state["stride"], _open=state["open"])
+
+    def bounds(self) -> tuple[float, float]:
+        """What was said of the start, and of the state that was kept; NaN where nothing was."""
+        return (self.judged[0], self.judged[self.kept]) if self.judged else (math.nan, math.nan)
 
 
 class TrainingLog:
@@ -97,9 +104,20 @@ class TrainingLog:
     def report(self) -> list[dict[str, Any]]:
         """For the key `training` of a report: what the page draws learning curves from."""
         return [
-            {"step": name, "losses": c.losses, "judged": c.judged, "stride": c.stride}
+            {
+                "step": name,
+                "losses": c.losses,
+                "judged": c.judged,
+                "stride": c.stride,
+                "kept": c.kept,
+            }
             for name, c in self.curves.items()
         ]
+
+    def forget(self) -> None:
+        """Leaves nothing of the training in hand."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def bar(self, steps: int, done: int) -> Bar:
         """Shows the training in hand."""

@@ -5,6 +5,7 @@ Sources: see `training`.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import OptionError, TaskError
+from tersor.errors import ModelError, OptionError, TaskError
 from tersor.train.health import Health
 from tersor.train.lessons import Lesson, Lessons
 from tersor.train.log import Curve, TrainingLog
@@ -48,7 +49,7 @@ def fit(
     loss: Callable[[Lesson], Tensor],
     *,
     epochs: int,
-    judge: Callable[[], float],
+    judge: Callable[[], float] | None,
     generator: torch.Generator,
     training: Training | Mapping[str, Any] | None = None,
     regimes: Sequence[Regime] = (),
@@ -60,7 +61,8 @@ def fit(
     unless a regime has yet to do its work; where one never has done it, the last state is left.
 
     loss: of one batch; may differ from `lessons.loss`, where something is to be done before
-    judge: called before the first epoch and after each; the lower the better
+    judge: called before the first epoch and after each; the lower the better. With None the last
+        state is the best
     generator: draws the order of the batches
     training: schedule, averages, precision and the like
     regimes: what happens beside the lessons
@@ -77,15 +79,18 @@ def fit(
         model, optimizer, lessons, loss, epochs, judge, generator, Training.of(training), regimes,
         log or TrainingLog(show=False),
     )  # fmt: skip
-    run.start()
     try:
+        run.start()
         run.train()
+    except ModelError:
+        # What was kept leads to the same failure.
+        run.log.forget()
+        raise
     finally:
         run.kept.restore()
     curve = run.curve
-    if run.best == math.inf and not run.settled:
-        return Fitted(curve.judged[0], curve.judged[-1], run.step, run.epoch, curve)
-    return Fitted(curve.judged[0], run.best, run.step, run.best_epoch, curve)
+    curve.kept = run.best_epoch
+    return Fitted(*curve.bounds(), run.step, run.best_epoch, curve)
 
 
 @dataclass
@@ -97,7 +102,7 @@ class _Run:
     lessons: Lessons
     loss: Callable[[Lesson], Tensor]
     epochs: int
-    judge: Callable[[], float]
+    judge: Callable[[], float] | None
     generator: torch.Generator
     settings: Training
     regimes: Sequence[Regime]
@@ -109,8 +114,8 @@ class _Run:
     best_epoch: int = 0
     curve: Curve = field(default_factory=Curve)
 
-    def start(self) -> None:
-        """At the beginning, or where a checkpoint says."""
+    def __post_init__(self) -> None:
+        """What is trained, and how it is now."""
         per_epoch = -(-len(self.lessons) // self.settings.accumulate)
         self.steps = self.epochs * per_epoch
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -123,7 +128,14 @@ class _Run:
         half = self.settings.precision == "float16"
         self.scaler = torch.amp.GradScaler(device, enabled=half)
         self.health = Health(self.steps)
-        self.random: tuple[Tensor, Tensor] | None = None
+        # How random numbers stood at the start of an epoch that is under way: those of the order
+        # of batches, and torch's own.
+        self.random: list[Any] | None = None
+        self.counted = False
+
+    def start(self) -> None:
+        """At the beginning, or where a checkpoint says."""
+        self.about = self._about() if self.log.path is not None else ""
         for regime in self.regimes:
             regime.begin(self.model, self.steps)
         if (state := self.log.read()) is not None:
@@ -150,14 +162,14 @@ class _Run:
     def _groups(self) -> Iterator[list[Lesson]]:
         """The batches of each step of this epoch, without those that a checkpoint has seen."""
         if self.random is None:
-            self.random = (self.generator.get_state(), torch.get_rng_state())
+            self.random = [self.generator.get_state(), self._numbers()]
             lessons = self.lessons.epoch(self.generator)
         else:
-            now = torch.get_rng_state()
+            now = self._numbers()
             self.generator.set_state(self.random[0])
-            torch.set_rng_state(self.random[1])
+            self._set_numbers(self.random[1])
             lessons = self.lessons.epoch(self.generator, self.batches)
-            torch.set_rng_state(now)
+            self._set_numbers(now)
         while group := list(itertools.islice(lessons, self.settings.accumulate)):
             yield group
 
@@ -171,6 +183,7 @@ class _Run:
         for lesson in group:
             with torch.enable_grad(), self._precision():
                 value = self.loss(lesson) / len(group)
+            self.health.check_slope(value, self.step)
             total += float(value.detach())
             self.health.check_loss(total, self.step)
             self.scaler.scale(value).backward()  # type: ignore[no-untyped-call]
@@ -179,7 +192,7 @@ class _Run:
         for regime in self.regimes:
             regime.gradients(self.step)
         length = nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
-        if self.health.may_step(float(length), self.step, self.scaler):
+        if self.health.may_step(float(length), total, self.step, self.scaler):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -196,7 +209,7 @@ class _Run:
             with torch.enable_grad():
                 penalty = regime.penalty(self.step)
             if penalty is not None:
-                self.health.check_loss(float(penalty.detach()), self.step)
+                self.health.check_finite(float(penalty.detach()), self.step)
                 self.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
 
     def _precision(self) -> Any:
@@ -211,17 +224,23 @@ class _Run:
         with nullcontext() if self.average is None else self.average.shown():
             for regime in self.regimes:
                 regime.enforce()
-            found = self.judge()
-            self.curve.judged.append(found)
-            if self.settled and found < self.best:
+            found = math.nan if self.judge is None else self.judge()
+            if self.judge is not None:
+                self.health.check_judged(found, self.step)
+                self.curve.judged.append(found)
+            better = self.judge is None or found < self.best
+            if not self.counted or (self.settled and better):
                 self.best, self.best_epoch = found, self.epoch
-                self.kept.note()
-            elif self.best == math.inf and not self.settled:
+                self.counted = self.settled
                 self.kept.note()
 
     def _stale(self) -> bool:
         patience = self.settings.patience
-        late = patience is not None and self.epoch - self.best_epoch >= patience
+        late = (
+            patience is not None
+            and self.judge is not None
+            and self.epoch - self.best_epoch >= patience
+        )
         return late and self.settled
 
     @property
@@ -229,11 +248,44 @@ class _Run:
         """Whether all regimes are."""
         return all(regime.settled for regime in self.regimes)
 
+    def _about(self) -> str:
+        """What tells this training from others: its settings, its data, the network's start."""
+        digest = hashlib.sha256()
+        plain = (int, float, str, bool, type(None))
+        parts = [self.lessons, *self.regimes]
+        known = [
+            {k: v for k, v in vars(part).items() if k != "_count" and isinstance(v, plain)}
+            for part in parts
+        ]
+        groups = [
+            {k: v for k, v in group.items() if isinstance(v, plain)}
+            for group in self.optimizer.param_groups
+        ]
+        said = [self.log.name, self.settings, self.epochs, self.steps, known, groups]
+        digest.update(repr([*said, type(self.optimizer).__name__]).encode())
+        digest.update(self.lessons.task.fingerprint().encode())
+        digest.update(self.generator.get_state().numpy().tobytes())
+        for tensor in (*self.tensors, *self.model.state_dict().values()):
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{tuple(tensor.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _numbers(self) -> list[Tensor]:
+        """Torch's own random numbers, with those of the device."""
+        device = self.trained[0].device
+        more = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return [torch.get_rng_state(), *more]
+
+    def _set_numbers(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self.trained[0].device)
+
     def _state(self) -> dict[str, Any]:
         return {
-            "shapes": [list(tensor.shape) for tensor in self.tensors],
-            "steps": self.steps,
-            "at": [self.epoch, self.batches, self.step, self.best, self.best_epoch],
+            "about": self.about,
+            "at": [self.epoch, self.batches, self.step, self.best, self.best_epoch, self.counted],
             "curve": self.curve.state(),
             "tensors": self.tensors,
             "kept": self.kept.values,
@@ -243,19 +295,29 @@ class _Run:
             "health": self.health.state(),
             "regimes": [regime.state() for regime in self.regimes],
             "generator": self.generator.get_state(),
-            "random": torch.get_rng_state(),
-            "epoch_random": self.random and list(self.random),
+            "random": self._numbers(),
+            "epoch_random": self.random,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        shapes = [list(tensor.shape) for tensor in self.tensors]
-        if state["shapes"] != shapes or state["steps"] != self.steps:
+        if state.get("about") != self.about:
             raise OptionError(
-                f"{self.log.path} holds a training of another network, or of {state['steps']} "
-                f"steps where this one has {self.steps}; delete it to start anew, or name another "
-                "folder"
+                f"{self.log.path} holds another training: options, data or the network's start "
+                "are not what they were; delete it to start anew, or name another folder"
             )
-        self.epoch, self.batches, self.step, self.best, self.best_epoch = state["at"]
+        try:
+            self._take(state)
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise OptionError(
+                f"{self.log.path} is damaged ({type(error).__name__}: {error}); delete it to start "
+                "anew"
+            ) from error
+        if not all(t.isfinite().all() for t in self.tensors if t.is_floating_point()):
+            raise OptionError(f"{self.log.path} holds NaN; delete it to start anew")
+
+    def _take(self, state: dict[str, Any]) -> None:
+        at = state["at"]
+        self.epoch, self.batches, self.step, self.best, self.best_epoch, self.counted = at
         self.curve = Curve.of(state["curve"])
         put(self.tensors, state["tensors"])
         self.kept.values = [
@@ -270,5 +332,5 @@ class _Run:
         for regime, kept in zip(self.regimes, state["regimes"], strict=True):
             regime.restore(kept)
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["random"])
-        self.random = state["epoch_random"] and tuple(state["epoch_random"])
+        self._set_numbers(state["random"])
+        self.random = state["epoch_random"]

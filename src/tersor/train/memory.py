@@ -100,8 +100,13 @@ class Memory:
             "rows": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
             "answers": torch.stack(_parts(answers.detach().cpu(), len(digests))).contiguous(),
         }
-        with atomic(path) as draft:
-            save_file(tensors, draft)
+        try:
+            with atomic(path) as draft:
+                save_file(tensors, draft)
+        except (OSError, SafetensorError):
+            # What cannot be kept is asked for again; training goes on.
+            self._most = 0
+            return
         self._known |= {digest: (path, place) for place, digest in enumerate(digests)}
 
     def _room(self, size: int) -> bool:

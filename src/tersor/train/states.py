@@ -41,7 +41,11 @@ class Average:
 
     def __init__(self, tensors: Sequence[Tensor], decay: float) -> None:
         self._tensors, self._decay, self._steps = tensors, decay, 0
-        self.values = [tensor.detach().clone() for tensor in tensors]
+        # In few bits an average would stand still.
+        self.values = [
+            t.detach().float() if t.is_floating_point() and t.itemsize < 4 else t.detach().clone()
+            for t in tensors
+        ]
 
     @torch.no_grad()
     def add(self) -> None:
@@ -50,18 +54,23 @@ class Average:
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         for value, tensor in zip(self.values, self._tensors, strict=True):
             if value.is_floating_point():
-                value.lerp_(tensor, 1 - decay)
+                value.lerp_(tensor.to(value.dtype), 1 - decay)
             else:
                 value.copy_(tensor)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The network is its average inside; what happens to its tensors there happens to it."""
-        self._exchange()
+        live = [tensor.detach().clone() for tensor in self._tensors]
+        put(self._tensors, self.values)
+        shown = [tensor.detach().clone() for tensor in self._tensors]
         try:
             yield
         finally:
-            self._exchange()
+            for value, tensor, before in zip(self.values, self._tensors, shown, strict=True):
+                changed = tensor.detach() != before
+                value.copy_(torch.where(changed, tensor.detach().to(value.dtype), value))
+            put(self._tensors, live)
 
     def state(self) -> dict[str, object]:
         """As a checkpoint holds it."""
@@ -74,13 +83,6 @@ class Average:
         assert isinstance(values, list)
         self._steps = steps
         put(self.values, values)
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for value, tensor in zip(self.values, self._tensors, strict=True):
-            kept = tensor.clone()
-            tensor.copy_(value)
-            value.copy_(kept)
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from tersor.forms.rounded import Rounded
 from tersor.methods import rates
-from tersor.methods.learning import learn, lessons_of, trainable
+from tersor.methods.learning import learn, lessons_of
+from tersor.methods.masking import masked
 from tersor.methods.sparse import check_uncoded, released
 from tersor.recipe import Outcome, method
 from tersor.surgery.fold import absorb_statistics
@@ -38,6 +39,8 @@ _EVERY, _COUNTS = 20, 100
 """Steps of training between two counts of codes, and how many of those there are at least."""
 _RAMP, _HOLD = 0.5, 0.9
 """Shares of the training in which bits are taken away, and after which they count as they do."""
+_MOST = 1e3
+"""Of the price of a bit, where more of it changes nothing any more."""
 _MISSED = 1.03
 """So many times the bits asked for are still taken for a result."""
 
@@ -79,23 +82,23 @@ def rate(
     check_uncoded(sites)
     absorb_statistics(model)
     others = vectors(model, include, exclude)
-    spending = Spending([start(site) for site in sites], bits)
-    for site in others:
-        start(site)
-    outcome = learn(
-        "quantize.rate",
-        model,
-        lessons,
-        original,
-        parameters=trainable("quantize.rate", model, include, exclude),
-        epochs=epochs,
-        rate=rate,
-        training=training,
-        generator=generator,
-        regimes=[spending],
-        log=log,
-        batch_norms=False,
-    )
+    with masked(model, [*sites, *others], start):
+        forms = [rounded(site) for site in (*sites, *others)]
+        spending = Spending(forms[: len(sites)], bits)
+        outcome = learn(
+            "quantize.rate",
+            model,
+            lessons,
+            original,
+            parameters=[parameter for form in forms for parameter in form.parameters()],
+            epochs=epochs,
+            rate=rate,
+            training=training,
+            generator=generator,
+            regimes=[spending],
+            log=log,
+            batch_norms=False,
+        )
     spent = spending.count()
     freeze([*sites, *others])
     outcome |= {"bits": spent, "weight_of_a_bit": spending.price}
@@ -114,6 +117,7 @@ class Spending(Regime):
         self._size = sum(form.latent.numel() for form in forms)
         self.price = 1e-2
         self._spent, self._first, self._step = math.inf, 1.0, 0
+        self._shown = math.inf
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Counts what is spent before the first step."""
@@ -137,7 +141,7 @@ class Spending(Regime):
         self._spent = self.count()
         if self._step < _HOLD * self._steps or self._spent > self._bits:
             ratio = self._spent / self.goal(self._step)
-            self.price *= min(max(ratio, 0.8), 1.25) ** 0.5
+            self.price = min(self.price * min(max(ratio, 0.8), 1.25) ** 0.5, _MOST)
 
     def goal(self, step: int) -> float:
         """Bits of a weight after `step`: from what they were, by equal shares, to the goal."""
@@ -146,28 +150,38 @@ class Spending(Regime):
 
     def count(self) -> float:
         """Bits that a weight takes now; tables and classes follow."""
+        spent, counts, found = self._counted()
+        device = self._forms[0].latent.device
+        tables = torch.from_numpy(rates.bits_of(counts)[::2].copy())
+        self._tables = tables.to(device)
+        self._classes = [torch.from_numpy(c).long().to(device) for _, c in found]
+        return spent
+
+    def _counted(self) -> tuple[float, Any, list[Any]]:
+        """Bits of a weight, how often each code occurs, and codes with their classes."""
         found = []
         for form in self._forms:
             levels = form.levels().detach().float().cpu().numpy()
             codes = form.levels().detach().round().to(torch.int32).cpu().numpy()
             found.append((codes, rates.classes_of(levels, 1)))
         counts = rates.count(found, 1)
-        device = self._forms[0].latent.device
-        tables = torch.from_numpy(rates.bits_of(counts)[::2].copy())
-        self._tables = tables.to(device)
-        self._classes = [torch.from_numpy(c).long().to(device) for _, c in found]
-        return rates.estimate(found, counts) / self._size
+        return rates.estimate(found, counts) / self._size, counts, found
+
+    def enforce(self) -> None:
+        """Counts what is about to be judged, which may be an average."""
+        self._shown = self._counted()[0]
 
     @property
     def settled(self) -> bool:
-        """Whether no more bits are spent than were asked for."""
-        return self._spent <= _MISSED * self._bits
+        """Whether what is shown spends no more bits than were asked for."""
+        return self._shown <= _MISSED * self._bits
 
     def state(self) -> dict[str, Any]:
         """Price and counts."""
         return {
             "price": self.price,
             "spent": self._spent,
+            "shown": self._shown,
             "first": self._first,
             "step": self._step,
             "tables": self._tables,
@@ -177,7 +191,7 @@ class Spending(Regime):
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
         device = self._forms[0].latent.device
-        self.price, self._spent = state["price"], state["spent"]
+        self.price, self._spent, self._shown = state["price"], state["spent"], state["shown"]
         self._first, self._step = state["first"], state["step"]
         self._tables = state["tables"].to(device)
         self._classes = [each.long().to(device) for each in state["classes"]]
@@ -186,15 +200,24 @@ class Spending(Regime):
 def freeze(sites: Sequence[Site]) -> None:
     """Codes in place of what was trained; they give the same."""
     for site in sites:
-        assert isinstance(site.form, Rounded)
-        site.hold(site.form.freeze())
+        site.hold(rounded(site).freeze())
+
+
+def rounded(site: Site) -> Rounded:
+    """The form of a site that is trained."""
+    form = site.form
+    assert isinstance(form, Rounded)
+    return form
 
 
 def start(site: Site) -> Rounded:
     """Holds a weight or vector as one to be trained; what was pruned gets no gradient."""
     sparse = released(site) if site.form is not None else None
     weight = site.weight
-    spread = float(weight.float().square().mean().sqrt()) or 1.0
+    size = float(weight.float().square().mean().sqrt()) or 1.0
+    # Of vectors around their mean: all of them may be moved by as much.
+    apart = float(weight.float().std(correction=0)) if weight.dim() == 1 else size
+    spread = max(apart, 1e-3 * size)
     axis, fine = (site.axis, _FINE) if weight.dim() > 1 else (None, _FINER)
     form = Rounded.encode(weight, step=spread / fine, axis=axis)
     if sparse is not None:

@@ -49,8 +49,8 @@ class Portion:
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
         """This worker's part of every batch."""
-        for lesson in self.lessons.epoch(generator, skip):
-            yield part_of(lesson, self.rank, self.workers)
+        lessons = self.lessons.epoch(generator, skip)
+        return (part_of(lesson, self.rank, self.workers) for lesson in lessons)
 
     def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
         """As of the lessons that are split."""
@@ -74,4 +74,4 @@ def part_of(lesson: Lesson, rank: int, workers: int) -> Lesson:
 
     each = rows_in(lesson.inputs) // samples
     inputs = between(lesson.inputs, start * each, stop * each)
-    return Lesson(inputs, own(lesson.targets), own(lesson.answer))
+    return Lesson(inputs, own(lesson.targets), own(lesson.answer), lesson.inside)
