@@ -35,6 +35,7 @@ from tersor.task import Task, classification
 from tersor.train import Labels, fit
 
 HELD_OUT = 5_000
+AVERAGED = {"ema": 0.995}
 Steps = list[dict[str, Any]]
 
 
@@ -128,10 +129,9 @@ def measured(make: Callable[[], nn.Module], epochs: int, recipes: dict[str, Step
     return found
 
 
-def rate(bits: float, epochs: int) -> Steps:
-    """Training against the coder's bits."""
-    averaged = {"bits": bits, "epochs": epochs, "training": {"ema": 0.995}}
-    return [{"method": "quantize.rate", "options": averaged}]
+def rate(bits: float, **options: Any) -> Steps:
+    """Training against the coder's bits, ten epochs of it."""
+    return [{"method": "quantize.rate", "options": {"bits": bits, "epochs": 10, **options}}]
 
 
 def deep_compression(sparsity: float, epochs: int) -> Steps:
@@ -150,9 +150,9 @@ PARTS: dict[str, Callable[[], Any]] = {
         20,
         {
             "Deep Compression": deep_compression(0.94, 20),
-            "rate, 0.45 bits": rate(0.45, 10),
-            "rate, 0.23 bits": rate(0.23, 10),
-            "rate, 0.14 bits": rate(0.14, 10),
+            "rate, 0.45 bits": rate(0.45, training=AVERAGED),
+            "rate, 0.23 bits": rate(0.23, training=AVERAGED),
+            "rate, 0.14 bits": rate(0.14, training=AVERAGED),
         },
     ),
     "lenet5": lambda: measured(
@@ -160,8 +160,8 @@ PARTS: dict[str, Callable[[], Any]] = {
         10,
         {
             "Deep Compression": deep_compression(0.96, 10),
-            "rate, 0.20 bits": rate(0.2, 10),
-            "rate, 0.07 bits": rate(0.07, 10),
+            "rate, 0.205 bits": rate(0.205, rate=1e-3),
+            "rate, 0.07 bits": rate(0.07, rate=1e-3),
             "entropy, 0.6 bits, not trained": [
                 {"method": "quantize.entropy", "options": {"bits": 0.6}}
             ],

@@ -297,6 +297,6 @@ def test_refusals():
         reference_outputs(net, images(), [])
     nn.init.constant_(net.linear.bias, torch.nan)
     with pytest.raises(
-        ModelError, match="CifarResNet gives NaN in 5 of the 5 outputs of calibration batch 1"
+        ModelError, match="CifarResNet gives NaN in 6 of the 6 outputs of calibration batch 1"
     ):
         sensitivity(net, images(), OPTIONS)

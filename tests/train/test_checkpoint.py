@@ -154,7 +154,7 @@ torch.set_num_threads(1)
 from train.test_checkpoint import train
 from safetensors.torch import save_file
 print("go", flush=True)
-model, fitted = train({folder!r}, minutes=0.0, epochs=40)
+model, fitted = train({folder!r}, minutes=0.0, epochs=20)
 save_file(model.state_dict(), {out!r})
 """
 

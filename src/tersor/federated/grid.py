@@ -128,6 +128,8 @@ def read_table(message: bytes) -> dict[int, bytes]:
         while len(rest):
             number = int.from_bytes(rest[:4], "little")
             content, following = parted(rest[4:])
+            if number in found:
+                raise ValueError(f"names client {number} twice")
             found[number], rest = bytes(content), memoryview(following)
     except ValueError as error:
         raise FileError(f"the table of clients {error}; have it sent again") from None

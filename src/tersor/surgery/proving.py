@@ -20,8 +20,8 @@ from tersor.surgery.coupling import Coupling, Group, Place, Unit, couple
 from tersor.surgery.cut import cut
 from tersor.task import Inputs, call, evaluation_mode
 
-_SHARES = (0.3, 0.5)
-"""Of the units of a group, drawn anew for each trial."""
+_SHARE = 0.4
+"""Of the units of a group, drawn by lot."""
 _NEAR, _NEAR_HALF = 1e-3, 0.1
 """How far answers may be apart, as a share of the largest; of networks in 16 bits more."""
 
@@ -38,18 +38,17 @@ def cuttable(model: nn.Module, inputs: Inputs) -> Coupling:
     """
     coupling, lots = couple(model, inputs), random.Random(0)
     groups, left = list(coupling.groups), dict(coupling.left)
-    for share in _SHARES:
-        drawn = [(group, _some(group, share, lots)) for group in groups]
-        for mixed in (False, True):
-            alike = [draw for draw in drawn if any(u.mixed for u in draw[0].units) is mixed]
-            for group, reason in _Trial(model, inputs, coupling, not mixed).failing(alike):
-                left |= dict.fromkeys(group.places, reason)
-                groups.remove(group)
+    drawn = [(group, _some(group, lots)) for group in groups]
+    for mixed in (False, True):
+        alike = [draw for draw in drawn if any(u.mixed for u in draw[0].units) is mixed]
+        for group, reason in _Trial(model, inputs, coupling, not mixed).failing(alike):
+            left |= dict.fromkeys(group.places, reason)
+            groups.remove(group)
     return replace(coupling, groups=groups, left=left)
 
 
-def _some(group: Group, share: float, lots: random.Random) -> list[Unit]:
-    return lots.sample(group.units, max(1, int(share * len(group.units))))
+def _some(group: Group, lots: random.Random) -> list[Unit]:
+    return lots.sample(group.units, max(1, int(_SHARE * len(group.units))))
 
 
 @dataclass(frozen=True)
