@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tersor.errors import ModelError, OptionError, OutputError
+from tersor.methods import run
 from tersor.task import classification
 from tersor.train import Labels, TrainingLog, fit
 from tersor.train.checkpoint import read, store
@@ -185,3 +186,30 @@ def test_killed_at_random_moments_the_weights_are_the_same(tmp_path):
     assert start(tmp_path / "killed", tmp_path / "killed.safetensors").wait(timeout=120) == 0
     one, other = (tmp_path / f"{name}.safetensors" for name in ("whole", "killed"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_another_teacher_or_option_is_another_training(tmp_path):
+    x = blobs()[0]
+    task = classification(calibration=x[:64], holdout=x[64:])
+
+    def taught(seed, **options):
+        torch.manual_seed(seed)
+        teacher = nn.Linear(2, 3)
+        torch.manual_seed(9)
+        steps = [{"method": "distill.decoupled", "options": {"epochs": 1, **options}}]
+        return run(nn.Linear(2, 3), steps, task, original=teacher, log=TrainingLog(tmp_path))
+
+    first = taught(1)
+    assert torch.equal(taught(1).weight, first.weight)
+    for seed, options in ((2, {}), (1, {"temperature": 3.0})):
+        with pytest.raises(OptionError, match="holds another training"):
+            taught(seed, **options)
+
+
+def test_answers_that_cannot_be_kept_are_asked_for_again(tmp_path):
+    (tmp_path / "answers").touch()
+    x = blobs()[0]
+    task = classification(calibration=x[:64], holdout=x[64:])
+    steps = [{"method": "distill.logits", "options": {"epochs": 1}}]
+    done = run(nn.Linear(2, 3), steps, task, original=nn.Linear(2, 3), log=TrainingLog(tmp_path))
+    assert done.recipe.steps

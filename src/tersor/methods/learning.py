@@ -49,7 +49,6 @@ def learn(
     generator: torch.Generator | None = None,
     regimes: Sequence[Regime] = (),
     log: TrainingLog | None = None,
-    dropout: bool = False,
     batch_norms: bool = True,
 ) -> Outcome:
     """Trains these parameters in place; the best state is left. Returns what to report.
@@ -59,7 +58,6 @@ def learn(
         there are none the last state counts as the best
     parameters: more than the network's own may be among them, as those of regressors
     loss: by default that of the lessons
-    dropout: whether it is active, and all else that `model.train()` turns on
     batch_norms: whether they follow the batches
     """
     task, settings = lessons.task, Training.of(training)
@@ -67,7 +65,7 @@ def learn(
     judge, unit = _judge(name, model, task, original)
 
     def value(lesson: Lesson) -> Tensor:
-        with _modes(model, dropout, batch_norms), torch.enable_grad():
+        with _modes(model, batch_norms), torch.enable_grad():
             return loss(task.predict(model, lesson.inputs), lesson)
 
     with differentiable(parameters), nullcontext() if original is None else decoded(original):
@@ -201,11 +199,9 @@ def _outcome(fitted: Fitted, unit: str, trained: int) -> Outcome:
 
 
 @contextmanager
-def _modes(model: nn.Module, dropout: bool, batch_norms: bool) -> Iterator[None]:
-    """Dropout and batch norms as wanted, all else as it computes in use."""
+def _modes(model: nn.Module, batch_norms: bool) -> Iterator[None]:
+    """Batch norms as wanted, all else as it computes in use: a teacher drops nothing out."""
     with evaluation_mode(model):
-        if dropout:
-            model.train()
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.train(batch_norms)

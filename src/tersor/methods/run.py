@@ -67,7 +67,7 @@ def run(
         if "known" in asked and number == 1:
             options["known"] = known
         if "log" in asked and log is not None:
-            log.name = f"{number}-{step.method}"
+            log.name, log.about = f"{number}-{step.method}", repr(step.options)
             options["log"] = log
         try:
             out = function(out, task, **options)

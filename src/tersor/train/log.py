@@ -68,6 +68,7 @@ class TrainingLog:
     folder: where checkpoints go; the same recipe with the same folder goes on where it was killed.
         None keeps none
     minutes: between two checkpoints inside an epoch; there is one behind each epoch
+    name, about: of the training in hand, and what else tells it from others: set by `run`
     show: draw a progress bar with the time that remains, if standard error is a terminal
     """
 
@@ -76,6 +77,7 @@ class TrainingLog:
     ) -> None:
         self.curves: dict[str, Curve] = {}
         self.name = "training"
+        self.about = ""
         self._folder = None if folder is None else Path(folder)
         self._seconds = 60 * minutes
         self._show = show

@@ -20,6 +20,7 @@ from tersor.errors import ModelError, OptionError, TaskError
 from tersor.train.health import Health
 from tersor.train.lessons import Lesson, Lessons
 from tersor.train.log import Curve, TrainingLog
+from tersor.train.memory import fingerprint
 from tersor.train.regime import Regime
 from tersor.train.states import Average, Snapshot, put, statistics
 from tersor.train.training import Training
@@ -252,7 +253,10 @@ class _Run:
         """What tells this training from others: its settings, its data, the network's start."""
         digest = hashlib.sha256()
         plain = (int, float, str, bool, type(None))
-        parts = [self.lessons, *self.regimes]
+        # Of lessons that are a part of others, those.
+        lessons = getattr(self.lessons, "lessons", self.lessons)
+        teacher = getattr(lessons, "original", None)
+        parts = [self.lessons, lessons, *self.regimes]
         known = [
             {k: v for k, v in vars(part).items() if k != "_count" and isinstance(v, plain)}
             for part in parts
@@ -261,9 +265,19 @@ class _Run:
             {k: v for k, v in group.items() if isinstance(v, plain)}
             for group in self.optimizer.param_groups
         ]
-        said = [self.log.name, self.settings, self.epochs, self.steps, known, groups]
+        said = [
+            self.log.name,
+            self.log.about,
+            self.settings,
+            self.epochs,
+            self.steps,
+            known,
+            groups,
+        ]
         digest.update(repr([*said, type(self.optimizer).__name__]).encode())
-        digest.update(self.lessons.task.fingerprint().encode())
+        task = self.lessons.task
+        known_by = task.fingerprint() if teacher is None else fingerprint(teacher, task)
+        digest.update(known_by.encode())
         digest.update(self.generator.get_state().numpy().tobytes())
         for tensor in (*self.tensors, *self.model.state_dict().values()):
             flat = tensor.detach().cpu().contiguous().reshape(-1)

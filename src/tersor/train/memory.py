@@ -47,7 +47,10 @@ class Memory:
         self._unit = 2 if task.kind == "embedding" else 1
         self._known: dict[bytes, tuple[Path, int]] = {}
         self._epochs = self._found = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            self._most = 0
         for path in sorted(folder.glob(f"{self._name}-*.safetensors")):
             for place, digest in enumerate(_digests_in(path)):
                 self._known[digest] = path, place
@@ -111,6 +114,8 @@ class Memory:
 
     def _room(self, size: int) -> bool:
         """Whether so many bytes fit, once answers of other networks are gone."""
+        if not self._most:  # The folder cannot be written.
+            return False
         files = sorted(self._folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         total = sum(path.stat().st_size for path in files)
         others = [path for path in files if not path.name.startswith(f"{self._name}-")]
