@@ -115,8 +115,8 @@ def lessons_of(
     if original is None:
         if not task.has_train:
             raise TaskError(
-                f"{name} needs labelled training data, or a network to learn from; give the task "
-                "train=(inputs, targets), or use run(), which passes the original"
+                f"{name} needs labelled training data and the task has none; give it "
+                "train=(inputs, targets)"
             )
         return Labels(task)
     share = labels if labels is not None else 0.5 * task.has_train
