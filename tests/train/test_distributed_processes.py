@@ -174,7 +174,7 @@ def with_batch_norm() -> dict:
 
 
 def killed_and_resumed(folder: Path) -> dict:
-    """A training that stops after four of six steps, and goes on from what was kept."""
+    """A training that stops after four of six steps, and goes on from what both had kept."""
     folder = folder / f"log{world()[0]}"
 
     class Stop(Averaging):
@@ -185,6 +185,9 @@ def killed_and_resumed(folder: Path) -> dict:
     log = TrainingLog(folder, minutes=0, show=False)
     with suppress(KeyboardInterrupt):
         fitted(net(), Stop(TopK(0.1)), sgd, log=log)
+    if world()[0] == 1:
+        # As if it had been killed before it kept the last one.
+        log.spare.replace(log.path)
     model, regime = net(), Averaging(TopK(0.1))
     fitted(model, regime, sgd, first=9, log=log)
     return end_of(model, regime.traffic.sent)
@@ -198,6 +201,11 @@ def refusals() -> dict:
         Averaging(TopK()).begin(nn.Linear(2, 3 + rank), 1)
     except OptionError as error:
         found["networks"] = str(error)
+    log = TrainingLog(f"{rank}", show=False) if rank else None
+    try:
+        fitted(net(), Averaging(TopK()), sgd, log=log)
+    except OptionError as error:
+        found["logs"] = str(error)
     own = agreed(lambda: float(rank))()
     return {"said": found, "agreed": own}
 
@@ -320,6 +328,11 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(ends):
 def test_networks_that_differ_are_refused_on_every_rank(ends):
     for end in ends:
         assert "processes have networks that differ" in end["refusals"]["said"]["networks"]
+
+
+def test_checkpoints_of_some_ranks_alone_are_refused_on_all(ends):
+    for end in ends:
+        assert "log: 1 of 2 processes keep checkpoints" in end["refusals"]["said"]["logs"]
 
 
 def test_ranks_agree_on_the_mean_of_their_verdicts(ends):

@@ -173,7 +173,8 @@ class Teacher:
 
     def _answered(self, lesson: Lesson) -> Lesson:
         def ask(inputs: Inputs) -> Tensor:
-            return self.task.predict(self.original, inputs)
+            # Of few bits where products are.
+            return self.task.predict(self.original, inputs).float()
 
         with evaluation_mode(self.original):
             if self._memory is not None:

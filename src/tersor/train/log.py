@@ -88,18 +88,29 @@ class TrainingLog:
         """Of the checkpoint of the training in hand."""
         return self._folder and self._folder / f"{self.name}.training.safetensors"
 
-    def read(self) -> dict[str, Any] | None:
-        """What was kept of the training in hand."""
+    @property
+    def spare(self) -> Path | None:
+        """Of the checkpoint before it, where that is kept too."""
+        return self.path and self.path.with_suffix(".before.safetensors")
+
+    def read(self) -> list[dict[str, Any]]:
+        """What was kept of the training in hand, the newest first."""
         self._written = time.monotonic()
-        return None if self.path is None else checkpoint.read(self.path)
+        found = [checkpoint.read(path) for path in (self.path, self.spare) if path is not None]
+        return [state for state in found if state is not None]
 
     def due(self) -> bool:
         """Whether the last checkpoint is old."""
         return self.path is not None and time.monotonic() - self._written >= self._seconds
 
-    def store(self, state: dict[str, Any]) -> None:
-        """Keeps the training in hand, in place of what was kept of it."""
-        if self.path is not None:
+    def store(self, state: dict[str, Any], *, spare: bool = False) -> None:
+        """Keeps the training in hand, in place of what was kept of it.
+
+        spare: keep that too, since another process may have been killed before it kept this one
+        """
+        if self.path is not None and self.spare is not None:
+            if spare and self.path.exists():
+                self.path.replace(self.spare)
             checkpoint.store(self.path, state)
             self._written = time.monotonic()
 
@@ -118,8 +129,9 @@ class TrainingLog:
 
     def forget(self) -> None:
         """Leaves nothing of the training in hand."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        for path in (self.path, self.spare):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
     def bar(self, steps: int, done: int) -> Bar:
         """Shows the training in hand."""

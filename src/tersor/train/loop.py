@@ -139,7 +139,7 @@ class _Run:
         self.about = self._about() if self.log.path is not None else ""
         for regime in self.regimes:
             regime.begin(self.model, self.steps)
-        if (state := self.log.read()) is not None:
+        if (state := self._last()) is not None:
             self._restore(state)
         else:
             self._judge()
@@ -153,12 +153,45 @@ class _Run:
                     self.curve.add(value)
                     bar.step(value)
                     self.batches += len(group)
-                    if self.log.due():
-                        self.log.store(self._state())
+                    if self._due():
+                        self._store()
                 self.epoch += 1
                 self.batches, self.random = 0, None
                 self._judge()
-                self.log.store(self._state())
+                self._store()
+
+    def _due(self) -> bool:
+        """Whether to keep a checkpoint between two steps."""
+        due = self.log.due()
+        for regime in self.regimes if self.log.path is not None else ():
+            due = regime.due(due)
+        return due
+
+    def _store(self) -> None:
+        together = not all(regime.alone for regime in self.regimes)
+        self.log.store(self._state(), spare=together)
+
+    def _last(self) -> dict[str, Any] | None:
+        """The last checkpoint; where other processes take part, the last one of all of them."""
+        kept = self.log.read()
+        known = {self._place(state): state for state in reversed(kept)}
+        places: Sequence[int] | None = None if self.log.path is None else list(known)[::-1]
+        for regime in self.regimes:
+            places = regime.common(places)
+        return known[places[0]] if places else None
+
+    def _place(self, state: dict[str, Any]) -> int:
+        """Where a checkpoint stands: behind an epoch is later than behind its last batch."""
+        try:
+            epoch, batches = state["at"][:2]
+            return int(epoch * (len(self.lessons) + 1) + batches)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> OptionError:
+        return OptionError(
+            f"{self.log.path} is damaged ({type(error).__name__}: {error}); delete it to start anew"
+        )
 
     def _groups(self) -> Iterator[list[Lesson]]:
         """The batches of each step of this epoch, without those that a checkpoint has seen."""
@@ -171,7 +204,12 @@ class _Run:
             self._set_numbers(self.random[1])
             lessons = self.lessons.epoch(self.generator, self.batches)
             self._set_numbers(now)
-        while group := list(itertools.islice(lessons, self.settings.accumulate)):
+        while True:
+            # A teacher is asked on the way, as precisely as its student computes.
+            with self._precision():
+                group = list(itertools.islice(lessons, self.settings.accumulate))
+            if not group:
+                return
             yield group
 
     def _step(self, group: Sequence[Lesson]) -> float:
@@ -322,10 +360,7 @@ class _Run:
         try:
             self._take(state)
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise OptionError(
-                f"{self.log.path} is damaged ({type(error).__name__}: {error}); delete it to start "
-                "anew"
-            ) from error
+            raise self._damaged(error) from error
         if not all(t.isfinite().all() for t in self.tensors if t.is_floating_point()):
             raise OptionError(f"{self.log.path} holds NaN; delete it to start anew")
 

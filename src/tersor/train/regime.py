@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,9 +11,13 @@ from torch import Tensor, nn
 class Regime:
     """Does nothing; a regime overrides what it needs. `fit` and the callbacks call it in turn.
 
+    alone: whether no other process takes part
+
     Its work may stretch over the whole training, as that of a mask that grows: no state counts as
     the result before `settled`.
     """
+
+    alone = True
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Before the first step of `steps`; also of a training that is about to be resumed."""
@@ -34,6 +39,17 @@ class Regime:
     def settled(self) -> bool:
         """Whether what the network is now may be the result."""
         return True
+
+    def due(self, due: bool) -> bool:
+        """Whether to keep a checkpoint behind this step. due: what this process's clock says"""
+        return due
+
+    def common(self, places: Sequence[int] | None) -> Sequence[int] | None:
+        """Those of the places where kept checkpoints stand that the training may go on from.
+
+        places: the newest first; None where none are kept at all
+        """
+        return places
 
     def finish(self) -> None:
         """Behind the last step in another loop: what is stored takes the place of what was trained.

@@ -107,7 +107,7 @@ def layers(
 
 def state_error(own: Tensor, theirs: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of (n, tokens, width), eqs. 8 and 9. mask: (n, tokens)"""
-    squares = (own - theirs.to(own.device)).square()
+    squares = (own.float() - theirs.to(own.device)).square()
     counts = weights(mask, theirs.mT.shape)
     if counts is None:
         return squares.mean()
@@ -117,7 +117,7 @@ def state_error(own: Tensor, theirs: Tensor, mask: Tensor | None = None) -> Tens
 
 def score_error(own: Tensor, theirs: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of (n, heads, tokens, tokens), eq. 7. mask: (n, tokens)"""
-    squares = (own - theirs.to(own.device)).square()
+    squares = (own.float() - theirs.to(own.device)).square()
     counts = weights(mask, theirs[:, 0].shape)
     if counts is None:
         return squares.mean()

@@ -24,9 +24,13 @@ from tersor.errors import OptionError
 from tersor.task.data import check_count
 from tersor.train.distributed.compressor import Compressor, Uncompressed
 from tersor.train.distributed.exchange import Group, in_processes
-from tersor.train.distributed.together import average_statistics, begin_alike, trained_of
+from tersor.train.distributed.together import (
+    Together,
+    average_statistics,
+    begin_alike,
+    trained_of,
+)
 from tersor.train.distributed.traffic import Traffic, plain_bytes
-from tersor.train.regime import Regime
 from tersor.train.states import put
 
 
@@ -96,7 +100,7 @@ class Outer:
         self._optimizer.load_state_dict(state["optimizer"])
 
 
-class LocalUpdates(Regime):
+class LocalUpdates(Together):
     """Between processes: steps of `fit` alone, then one together; the last step is one too.
 
     States between exchanges are no result, since each process has another; nor is an average of
@@ -108,8 +112,9 @@ class LocalUpdates(Regime):
     """
 
     def __init__(self, settings: DiLoCo | None = None, *, group: Group = None) -> None:
+        super().__init__(group)
         self.traffic = Traffic()
-        self._settings, self._group = settings or DiLoCo(), group
+        self._settings = settings or DiLoCo()
         self._compressor = self._settings.own_compressor()
         self._alone = 0
 

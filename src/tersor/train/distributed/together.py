@@ -7,7 +7,7 @@ program that torchrun starts. `add_hook` is for a loop of your own, with Distrib
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,46 @@ from tersor.train.distributed.traffic import Traffic, plain_bytes
 from tersor.train.regime import Regime
 from tersor.train.states import statistics
 
+_KEPT = 2
+"""Checkpoints of each process, at most."""
 
-class Averaging(Regime):
+
+class Together(Regime):
+    """What all regimes of many processes share: they keep checkpoints at the same steps.
+
+    A process may be killed before it has kept one that another has; so each keeps the one before
+    too, and all go on from the last that they have in common.
+
+    group: of processes; None means all
+    """
+
+    alone = False
+
+    def __init__(self, group: Group = None) -> None:
+        self._group = group
+
+    def due(self, due: bool) -> bool:
+        """Whether any process's clock says so."""
+        own = torch.tensor([float(due)], device=_device(self._group))
+        return float(in_processes(mean([own]), self._group)[0][0]) > 0
+
+    def common(self, places: Sequence[int] | None) -> Sequence[int] | None:
+        """Those that every process has. Raises OptionError where only some keep checkpoints."""
+        own = [places is not None, *(places or ()), -1, -1][: 1 + _KEPT]
+        numbers = torch.tensor(own, dtype=torch.int64, device=_device(self._group))
+        found, _ = in_processes(gathered([numbers], _numbers), self._group)
+        keeping = [bool(one[0]) for one in found]
+        if not all(keeping):
+            if any(keeping):
+                raise OptionError(
+                    f"log: {sum(keeping)} of {len(keeping)} processes keep checkpoints; give each "
+                    "one a TrainingLog with a folder of its own, or none of them"
+                )
+            return None
+        return [place for place in places or () if all(place in one[1:] for one in found)]
+
+
+class Averaging(Together):
     """Averages the gradients of all processes, so that their weights stay the same.
 
     A judge should be the same on all of them: see `agreed`. Checkpoints differ, by what a process
@@ -34,8 +72,9 @@ class Averaging(Regime):
     """
 
     def __init__(self, compressor: Compressor, *, group: Group = None) -> None:
+        super().__init__(group)
         self.traffic = Traffic()
-        self._compressor, self._group = compressor, group
+        self._compressor = compressor
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
