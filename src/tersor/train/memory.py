@@ -22,6 +22,7 @@ from tersor.task.data import apply, rows_in, tensors_of
 MOST_BYTES = 2**30
 """Of all files in a folder. One gibibyte holds 25 million rows of ten classes, and few of a large
 vocabulary."""
+_FILES = "*.safetensors"
 _DIGEST = 16
 _EPOCHS = 2
 """Without a row that comes back, after which no more are kept: a loader varies its inputs."""
@@ -46,12 +47,15 @@ class Memory:
         self._name = fingerprint(network, task)
         self._unit = 2 if task.kind == "embedding" else 1
         self._known: dict[bytes, tuple[Path, int]] = {}
+        # Mapped into memory once, since an epoch in another order reads from all of them.
+        self._opened: dict[Path, Any] = {}
         self._epochs = self._found = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             self._most = 0
-        for path in sorted(folder.glob(f"{self._name}-*.safetensors")):
+        self._bytes = sum(path.stat().st_size for path in folder.glob(_FILES))
+        for path in sorted(folder.glob(f"{self._name}-{_FILES}")):
             for place, digest in enumerate(_digests_in(path)):
                 self._known[digest] = path, place
 
@@ -79,17 +83,13 @@ class Memory:
         return torch.cat([part.to(device) for part in answers if part is not None])
 
     def _read(self, digests: Sequence[bytes]) -> list[Tensor | None]:
-        files: dict[Path, list[tuple[int, int]]] = {}
+        found: list[Tensor | None] = [None] * len(digests)
         for at, digest in enumerate(digests):
             if digest in self._known:
                 path, place = self._known[digest]
-                files.setdefault(path, []).append((at, place))
-        found: list[Tensor | None] = [None] * len(digests)
-        for path, places in files.items():
-            with safe_open(path, framework="pt") as file:
-                kept = file.get_slice("answers")
-                for at, place in places:
-                    found[at] = kept[place : place + 1][0]
+                if path not in self._opened:
+                    self._opened[path] = safe_open(path, framework="pt").get_slice("answers")
+                found[at] = self._opened[path][place : place + 1][0]
         return found
 
     def _keep(self, digests: Sequence[bytes], answers: Tensor) -> None:
@@ -110,20 +110,20 @@ class Memory:
             # What cannot be kept is asked for again; training goes on.
             self._most = 0
             return
+        self._bytes += path.stat().st_size
         self._known |= {digest: (path, place) for place, digest in enumerate(digests)}
 
     def _room(self, size: int) -> bool:
         """Whether so many bytes fit, once answers of other networks are gone."""
         if not self._most:  # The folder cannot be written.
             return False
-        files = sorted(self._folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
-        total = sum(path.stat().st_size for path in files)
-        others = [path for path in files if not path.name.startswith(f"{self._name}-")]
-        while total + size > self._most and others:
-            oldest = others.pop(0)
-            total -= oldest.stat().st_size
-            oldest.unlink()
-        return total + size <= self._most
+        if self._bytes + size > self._most:
+            others = [p for p in self._folder.glob(_FILES) if not p.name.startswith(self._name)]
+            for oldest in sorted(others, key=lambda path: path.stat().st_mtime):
+                if self._bytes + size > self._most:
+                    self._bytes -= oldest.stat().st_size
+                    oldest.unlink()
+        return self._bytes + size <= self._most
 
 
 def fingerprint(network: nn.Module, task: Task) -> str:
