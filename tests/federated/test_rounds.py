@@ -184,6 +184,18 @@ def test_statistics_of_batch_norms_are_averaged_exactly():
     assert not done.rounds[-1].refused
 
 
+def test_a_negative_variance_is_refused():
+    _, server, clients = world(model=normed())
+    clients[1].trained = lambda: [
+        *(torch.zeros(shape) for shape in server.layout.shapes[:-1]),
+        torch.full(server.layout.shapes[-1], -2.0),
+    ]
+    fleet = Simulation([Plain(client) for client in clients])
+    done = federate(server, fleet, rounds=1, generator=drawn())
+    assert "has a variance of -2" in done.rounds[0].refused[1]
+    assert len(done.rounds[0].counted) == 4
+
+
 def test_a_client_whose_training_fails_is_silent_with_the_reason():
     _, server, clients = world()
     clients[2]._trainer = Local(rate=1e30)
@@ -213,6 +225,12 @@ def test_a_client_goes_on_from_what_was_stored():
 def test_what_is_no_stored_client_is_refused(stored):
     with pytest.raises(FileError, match="no client of this network"):
         world()[2][0].restore(stored)
+
+
+def test_a_stored_client_of_other_shapes_is_refused():
+    other = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(FileError, match=r"no client of this network .*\(8, 2\).* where \(16, 2\)"):
+        world()[2][0].restore(world(model=other)[2][0].store())
 
 
 def test_frozen_and_tied_weights_are_exchanged_once_or_not_at_all():

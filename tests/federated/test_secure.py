@@ -9,6 +9,7 @@ from federated.worlds import Toy, entropy
 from tersor.errors import FileError, MissingExtra, OptionError
 from tersor.federated import shamir
 from tersor.federated.agreement import X25519
+from tersor.federated.grid import read_table
 from tersor.federated.secure import Participant, SecureSum, least_threshold, mask, signed
 
 SIZE = 50
@@ -157,10 +158,22 @@ def test_altered_shares_and_strange_keys_are_refused():
         people[0].masked(vectors(1)[0], inbox)
     with pytest.raises(FileError, match="client 9 sent no keys"):
         people[0].masked(vectors(1)[0], {9: inbox[1], 1: inbox[1]})
+    with pytest.raises(FileError, match="has shared its secrets of the round"):
+        people[0].shares(keys, threshold=2)
+    fresh = Participant(0, agreement=Toy(), entropy=entropy())
     with pytest.raises(FileError, match=r"keys have 3 bytes where 48 are needed"):
-        people[0].shares(keys | {1: b"key"}, threshold=2)
+        fresh.shares(keys | {1: b"key"}, threshold=2)
     with pytest.raises(FileError, match="1 clients are left where threshold=2"):
-        people[0].shares({0: keys[0]}, threshold=2)
+        fresh.shares({0: keys[0]}, threshold=2)
+
+
+def test_tables_and_answers_that_are_too_long_are_refused():
+    with pytest.raises(FileError, match="table of clients has 2048 bytes where 1024 are the most"):
+        read_table(bytes(2048), 1)
+    people = [Participant(i, agreement=Toy(), entropy=entropy(i)) for i in range(2)]
+    hub = SecureSum({p.number: p.keys() for p in people}, [0, 1], size=1, agreement=Toy())
+    with pytest.raises(FileError, match="of more than the 2 clients of this round"):
+        hub.total({0: bytes(1000), 1: b""}, threshold=2)
 
 
 def test_a_hub_takes_one_vector_of_the_right_size_from_each():

@@ -173,16 +173,17 @@ def test_a_regime_adds_to_the_loss_and_sees_gradients():
     assert torch.allclose(model.weight, twin.weight, atol=1e-6)
 
 
-def test_an_exploding_loss_stops_it():
+@pytest.mark.parametrize("when", [3, 20])
+def test_an_exploding_loss_stops_it(when):
     task = classification(train=blobs(), batch_size=4)
     model, lessons, seen = net().train(), Labels(task), []
 
     def loss(lesson):
         seen.append(None)
         value = lessons.loss(model(lesson.inputs), lesson)
-        return value * (1e6 if len(seen) == 20 else 1)
+        return value * (1e6 if len(seen) == when else 1)
 
-    with pytest.raises(ModelError, match=r"step 20 of 48: the loss is .*e\+0.* lower rate"):
+    with pytest.raises(ModelError, match=rf"step {when} of 48: the loss is .*e\+0.* lower rate"):
         fit(
             model, torch.optim.SGD(model.parameters(), lr=0.1), lessons, loss,
             epochs=2, judge=falling(), generator=torch.Generator(),

@@ -128,6 +128,13 @@ class Client:
             state = [tensors[f"state.{i}"] for i in range(count)]
             owed = [tensors[f"owed.{i}"] for i in trained]
             before = [tensors[f"before.{i}"] for i in trained]
+            for tensor, shape in zip(
+                (*state, *owed, *before),
+                (*self._layout.shapes[:count], *2 * self._layout.shapes[: len(trained)]),
+                strict=True,
+            ):
+                if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+                    raise ValueError(f"{tuple(tensor.shape)} in {tensor.dtype} where {shape} is")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"what was stored is no client of this network ({error!r}); begin without it"

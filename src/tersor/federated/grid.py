@@ -26,6 +26,8 @@ from tersor.federated.secure import Vector, least_threshold
 
 _HEAD = struct.Struct("<4sI")
 _MAGIC = b"tfm1"
+_CLIENTS, _CELL = 2**16, 1024
+"""In a table at most, and bytes of each."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,13 @@ def write_table(table: Mapping[int, bytes]) -> bytes:
     return b"".join(n.to_bytes(4, "little") + part(content) for n, content in table.items())
 
 
-def read_table(message: bytes) -> dict[int, bytes]:
-    """The inverse. Raises FileError for other bytes."""
+def read_table(message: bytes, clients: int = _CLIENTS) -> dict[int, bytes]:
+    """The inverse. Raises FileError for other bytes, and for more than `clients` can fill."""
+    if len(message) > clients * _CELL:
+        raise FileError(
+            f"the table of clients has {len(message)} bytes where {clients * _CELL} are the most "
+            f"for {clients} clients; leave out who sent it"
+        )
     found: dict[int, bytes] = {}
     rest = memoryview(message)
     try:

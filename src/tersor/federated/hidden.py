@@ -151,7 +151,7 @@ def _shared(
     found = {}
     for number, answer in talk.ask(SHARES, dict.fromkeys(keys, table)).items():
         try:
-            box = read_table(answer)
+            box = read_table(answer, len(keys))
             if set(box) != set(keys) - {number}:
                 raise FileError(
                     "it does not share its secrets with each other client; leave it out"

@@ -21,10 +21,12 @@ class Layout:
     """Shapes in the network's order. Both ends know them, so that no message has to say them.
 
     trained: how many of them are trained; the others are statistics, as of batch norms
+    variances: places of those that are never negative
     """
 
     shapes: tuple[tuple[int, ...], ...]
     trained: int
+    variances: tuple[int, ...] = ()
 
     @property
     def numbers(self) -> int:
@@ -46,7 +48,9 @@ def layout_of(model: nn.Module) -> Layout:
             "nothing to exchange; train it before it is quantized, or call requires_grad_(True)"
         )
     shapes = tuple(tuple(tensor.shape) for tensor in (*parameters, *buffers))
-    return Layout(shapes, len(parameters))
+    spread = {id(b) for name, b in model.named_buffers() if name.endswith("running_var")}
+    places = (at for at, b in enumerate(buffers, len(parameters)) if id(b) in spread)
+    return Layout(shapes, len(parameters), tuple(places))
 
 
 def state_of(model: nn.Module) -> list[Tensor]:

@@ -80,8 +80,12 @@ class Participant:
 
         keys: of all clients that are heard, by number
         threshold: clients that must remain to open the sum, at least 2; all agree on it beforehand
+
+        Raises FileError for a second call: among other clients, fewer would open what is shared.
         """
         check_count("threshold", threshold, least=2)
+        if self._others:
+            raise FileError("this client has shared its secrets of the round; begin a new one")
         self._threshold = threshold
         if len(keys) < threshold:
             raise _too_few(len(keys), threshold)
@@ -257,6 +261,11 @@ def checked_keys(key: bytes, agreement: Agreement) -> bytes:
 def _read_shares(content: bytes, known: set[int]) -> dict[tuple[int, bool], bytes]:
     """By (client, whether it was heard). Raises FileError for what no client reveals."""
     size = 5 + shamir.SIZE
+    if len(content) > size * len(known):
+        raise FileError(
+            f"revealed shares are of more than the {len(known)} clients of this round; leave out "
+            "who sent them"
+        )
     found: dict[tuple[int, bool], bytes] = {}
     for at in range(0, len(content), size):
         piece = content[at : at + size]

@@ -96,6 +96,11 @@ class Server:
             start=self.identity,
             most_samples=self.most_samples,
         )
+        for place in self.layout.variances:
+            if (least := float(update.change[place].min())) < 0:
+                raise FileError(
+                    f"the update has a variance of {least:.4g}, and none is below 0; leave it out"
+                )
         if self._longest is not None:
             found = length(self._differences(update))
             if not found <= self._longest:

@@ -32,14 +32,15 @@ class Health:
     def check_loss(self, loss: float, step: int) -> None:
         """Of one batch."""
         self.check_finite(loss, step)
-        if step < _FIRST:
-            self._usual = max(self._usual, abs(loss))
-        elif abs(loss) > _EXPLODED * self._usual:
+        # How large the first one is may be a matter of units.
+        if step and abs(loss) > _EXPLODED * self._usual:
             raise self._error(
                 step,
                 f"the loss is {loss:.3g}, and was at most {self._usual:.3g} in the first steps",
                 "Use a lower rate, or a longer warm-up (training={'warmup': 0.2})",
             )
+        if step < _FIRST:
+            self._usual = max(self._usual, abs(loss))
 
     def check_finite(self, loss: float, step: int) -> None:
         """Of a batch, or a penalty."""
