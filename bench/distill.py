@@ -11,19 +11,13 @@ for the teacher, 146 for the student alone, 74 for the student that was taught.
 
 import argparse
 import itertools
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import numpy as np
 import torch
+from _mnist import Shifted, images
 from _record import record
 from torch import Tensor, nn
 
-import zoo
 from tersor.methods import run
 from tersor.task import Task, classification
 from tersor.train import Labels, fit
@@ -31,32 +25,8 @@ from tersor.train import Labels, fit
 EPOCHS = {"teacher": 60, "student": 80}
 RATE = 1e-3
 BATCH = 256
-SHIFT = 2
 TEMPERATURE = 20.0
 HELD_OUT = 1000
-
-
-def digits(split: str) -> tuple[Tensor, Tensor]:
-    """(n, 784) in 0..1, and labels."""
-    with np.load(zoo.DATA / "mnist.npz") as arrays:
-        pictures = torch.from_numpy(arrays[f"x_{split}"]).float().reshape(-1, 784) / 255
-        return pictures, torch.from_numpy(arrays[f"y_{split}"]).long()
-
-
-class Shifted:
-    """Training batches, each picture moved by up to two pixels; another order in each epoch."""
-
-    def __init__(self, pictures: Tensor, labels: Tensor, seed: int) -> None:
-        self._pictures = nn.functional.pad(pictures.reshape(-1, 28, 28), [SHIFT] * 4)
-        self._labels = labels
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in torch.randperm(len(self._labels), generator=self._generator).split(BATCH):
-            moves = torch.randint(2 * SHIFT + 1, (2, len(rows), 1), generator=self._generator)
-            down, across = torch.arange(28) + moves
-            moved = self._pictures[rows[:, None, None], down[:, :, None], across[:, None, :]]
-            yield moved.flatten(1), self._labels[rows]
 
 
 def network(width: int, *, dropout: bool, seed: int) -> nn.Sequential:
@@ -67,7 +37,7 @@ def network(width: int, *, dropout: bool, seed: int) -> nn.Sequential:
         [nn.Linear(inputs, width), nn.ReLU(), *([nn.Dropout(0.3)] if dropout else [])]
         for inputs in (784, width)
     ]
-    return nn.Sequential(*itertools.chain(*layers), nn.Linear(width, 10))
+    return nn.Sequential(nn.Flatten(), *itertools.chain(*layers), nn.Linear(width, 10))
 
 
 def learned(model: nn.Module, task: Task, epochs: int) -> nn.Module:
@@ -94,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hinton's first experiment.")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     torch.set_num_threads(parser.parse_args().threads)
-    (pictures, labels), test = digits("train"), digits("test")
+    (pictures, labels), test = images("train"), images("test")
     train = pictures[:-HELD_OUT], labels[:-HELD_OUT]
     task = classification(train=train, test=test, holdout=pictures[-HELD_OUT:], batch_size=BATCH)
     errors, seconds = {}, {}
@@ -106,7 +76,7 @@ def main() -> None:
         print(f"{name}: {errors[name]} errors, {seconds[name]} s", flush=True)
 
     start = time.perf_counter()
-    shifted = classification(train=Shifted(*train, seed=0), test=test)
+    shifted = classification(train=Shifted(*train, batch=BATCH), test=test)
     teacher = learned(network(1200, dropout=True, seed=0), shifted, EPOCHS["teacher"])
     count("teacher", teacher, start)
 

@@ -11,18 +11,14 @@ import copy
 import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import numpy as np
 import torch
+from _mnist import images
 from _record import record
-from torch import Tensor, nn
+from torch import nn
 
-import zoo
 from tersor.methods.learning import learn, trainable
 from tersor.methods.prune.lottery import lottery
 from tersor.task import Task, classification
@@ -34,13 +30,6 @@ RATE = 1.2e-3
 LEVELS = {"17 %": (0.832, 4), "4.4 %": (0.956, 7)}
 """Weights left: sparsity and rounds, of about 0.64 each."""
 CONTROLS = ("none", "reinitialize", "random")
-
-
-def images(split: str) -> tuple[Tensor, Tensor]:
-    """MNIST in 0..1, and labels."""
-    with np.load(zoo.DATA / "mnist.npz") as arrays:
-        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    return torch.from_numpy(x).float() / 255, torch.from_numpy(y).long()
 
 
 def lenet(seed: int) -> nn.Module:

@@ -36,7 +36,8 @@ class Snapshot:
 class Average:
     """An exponential moving average of tensors, over fewer steps at the start (as of 1/10).
 
-    Source: Polyak, Juditsky 1992; the start as in Cai et al. 2021, arXiv:2102.13086, section 3
+    Source: Polyak, Juditsky 1992; the start as TensorFlow's `ExponentialMovingAverage` documents it
+    for `num_updates`
     """
 
     def __init__(self, tensors: Sequence[Tensor], decay: float) -> None:
