@@ -56,7 +56,7 @@ TUNING = {
 RATE, EPOCHS = 8e-5, 2
 TEACHING = {
     "method": "distill.layers",
-    "options": {"epochs": 6, "rate": 3e-4, "training": TUNING},
+    "options": {"epochs": 4, "rate": 3e-4, "training": TUNING},
 }
 FILE = [
     {"method": "quantize.static", "options": {"exclude": ["*embeddings*"]}},
