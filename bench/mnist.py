@@ -164,8 +164,8 @@ PARTS = {
         True,
         {
             "Deep Compression": deep_compression(0.96, 10),
-            "rate, 0.2 bits": rate(0.2, epochs=20, rate=1e-3),
-            "rate, 0.07 bits": rate(0.07, epochs=20, rate=1e-3),
+            "rate, 0.2 bits": rate(0.2, rate=1e-3),
+            "rate, 0.07 bits": rate(0.07, rate=1e-3),
             "entropy, 0.6 bits, not trained": [
                 {"method": "quantize.entropy", "options": {"bits": 0.6}}
             ],

@@ -88,7 +88,8 @@ class Memory:
             if digest in self._known:
                 path, place = self._known[digest]
                 if path not in self._opened:
-                    self._opened[path] = safe_open(path, framework="pt").get_slice("answers")
+                    opened: Any = safe_open(path, framework="pt")
+                    self._opened[path] = opened.get_slice("answers")
                 found[at] = self._opened[path][place : place + 1][0]
         return found
 

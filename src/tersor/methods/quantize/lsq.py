@@ -96,7 +96,7 @@ def lsq(
     with _training(model, groups, batch_norms=task.has_train), unfused():
         fitted = fit(
             model,
-            torch.optim.Adam(groups),
+            torch.optim.Adam(groups, fused=True),
             lessons,
             loss,
             epochs=epochs,

@@ -35,8 +35,8 @@ from tersor.train import Regime, TrainingLog
 
 _FINE, _FINER = 4.0, 16.0
 """Steps in a standard deviation at the start, of weights and of vectors."""
-_EVERY, _COUNTS = 20, 100
-"""Steps of training between two counts of codes, and how many of those there are at least."""
+_COUNTS = 200
+"""Of codes in a training, however long it is: each of them may change the price by as much."""
 _RAMP, _HOLD = 0.5, 0.9
 """Shares of the training in which bits are taken away, and after which they count as they do."""
 _MOST = 1e3
@@ -121,7 +121,7 @@ class Spending(Regime):
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Counts what is spent before the first step."""
-        self._steps, self._every = steps, max(1, min(_EVERY, steps // _COUNTS))
+        self._steps, self._every = steps, max(1, steps // _COUNTS)
         self._first = self._spent = self.count()
 
     def penalty(self, step: int) -> Tensor:
