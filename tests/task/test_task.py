@@ -427,3 +427,42 @@ def test_held_out_labels_judge_training_and_are_not_needed():
     data = (pixels, y[:20])
     pictures = image_classification(train=data, holdout=data, layout="NCHW")
     assert pictures.validate(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 10])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_batches_are_counted_without_reading_them(rows, batch):
+    task = classification(train=(torch.randn(rows, 2), torch.arange(rows) % 2), batch_size=batch)
+    assert task.train_batches() == len(list(task.train()))
+
+
+def test_a_loader_is_asked_how_many_batches_it_has():
+    class Counted:
+        def __iter__(self):
+            raise AssertionError("it was read")
+
+        def __len__(self):
+            return 7
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.randn(2), torch.tensor(0))] * 6)
+
+    held = torch.randn(4, 2)
+    given = {"calibration": held, "holdout": held}
+    assert classification(train=Counted(), **given).train_batches() == 7
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    assert classification(train=loader, **given).train_batches() == 2
+
+
+def test_a_loader_without_an_end_is_refused(monkeypatch):
+    class Endless:
+        def __iter__(self):
+            while True:
+                yield torch.randn(2, 2), torch.tensor([0, 1])
+
+    monkeypatch.setattr("tersor.task.data.MOST_BATCHES", 50)
+    held = torch.randn(4, 2)
+    task = classification(train=Endless(), calibration=held, holdout=held)
+    with pytest.raises(TaskError, match=r"gives more than 50 batches, so .* no end; give it a"):
+        task.train_batches()

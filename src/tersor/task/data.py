@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -14,6 +16,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from tersor.errors import OptionError, TaskError
 
 SPLITS = ("test", "train", "calibration", "holdout")
+MOST_BATCHES = 1_000_000
+"""Of a loader that does not say how many it has."""
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Batch: TypeAlias = tuple[Inputs, Tensor | None]
 
@@ -40,6 +44,12 @@ class Rows:
                 return
             yield self.gather(order[start:stop])
 
+    def __len__(self) -> int:
+        """Batches."""
+        whole, rest = divmod(self.count, self.batch_size)
+        alone = rest == 1 and self.batch_size > 1 and whole > 0
+        return whole + (rest > 0 and not alone)
+
     def take(self, positions: Tensor) -> Rows:
         """Only the samples at `positions`."""
         return replace(self, count=len(positions), gather=lambda at: self.gather(positions[at]))
@@ -57,6 +67,23 @@ class Stream:
         for item in self.loader:
             yield self.read(item)
 
+    def __len__(self) -> int:
+        """Batches, as the loader says; one that does not is read through.
+
+        Raises TaskError where it does not end.
+        """
+        if isinstance(self.loader, Sized):
+            # The loader of a dataset without a length has `__len__` too.
+            with suppress(TypeError, NotImplementedError):
+                return len(self.loader)
+        count = sum(1 for _ in itertools.islice(self.loader, MOST_BATCHES + 1))
+        if count > MOST_BATCHES:
+            raise TaskError(
+                f"the loader gives more than {MOST_BATCHES:,} batches, so an epoch may have no "
+                "end; give it a __len__, or let it end"
+            )
+        return count
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -67,6 +94,10 @@ class Fixed:
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """All batches in order."""
         yield from self.kept
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self.kept)
 
 
 Split: TypeAlias = Rows | Stream | Fixed

@@ -86,6 +86,12 @@ class Task:
         """Training batches, shuffled by `generator` if given. Raises TaskError without any."""
         return self._labelled("train", generator)
 
+    def train_batches(self) -> int:
+        """How many batches `train` gives. Raises TaskError without any, or where it has no end."""
+        if not self.has_train:
+            raise self._missing("train")
+        return len(self._splits["train"])
+
     def test(self) -> Iterator[tuple[Inputs, Tensor]]:
         """Test batches, always in the same order. Raises TaskError without any."""
         return self._labelled("test")
@@ -224,8 +230,11 @@ class Task:
         self, name: str, generator: torch.Generator | None = None
     ) -> Iterator[tuple[Inputs, Tensor]]:
         if name not in self._splits:
-            raise TaskError(f"this task has no {name} data; give {name}=(inputs, targets)")
+            raise self._missing(name)
         return self._batches(name, generator)
+
+    def _missing(self, name: str) -> TaskError:
+        return TaskError(f"this task has no {name} data; give {name}=(inputs, targets)")
 
     def _batches(
         self, name: str, generator: torch.Generator | None

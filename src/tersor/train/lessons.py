@@ -73,8 +73,8 @@ class Labels:
     _count: int = field(default=0, init=False)
 
     def __len__(self) -> int:
-        """Batches in an epoch; reads the data through once."""
-        self._count = self._count or sum(1 for _ in self.task.train())
+        """Batches in an epoch; a loader that does not say it is read through once."""
+        self._count = self._count or self.task.train_batches()
         return self._count
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
@@ -135,8 +135,8 @@ class Teacher:
     _memory: Memory | None = field(default=None, init=False)
 
     def __len__(self) -> int:
-        """Batches in an epoch; reads the data through once."""
-        self._count = self._count or sum(1 for _ in self._batches(torch.Generator()))
+        """Batches in an epoch; a loader that does not say it is read through once."""
+        self._count = self._count or self._length()
         return self._count
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
@@ -181,6 +181,11 @@ class Teacher:
                 return lesson._replace(answer=self._memory.answered(lesson.inputs, ask))
             with self.watch() as inside:
                 return lesson._replace(answer=ask(lesson.inputs), inside=inside)
+
+    def _length(self) -> int:
+        if self.task.has_train:
+            return self.task.train_batches()
+        return sum(1 for _ in self._batches(torch.Generator()))
 
     def _batches(self, generator: torch.Generator) -> Iterator[Lesson]:
         if self.task.has_train:
