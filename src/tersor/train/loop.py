@@ -5,7 +5,6 @@ Sources: see `training`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import ModelError, OptionError, TaskError
+from tersor.errors import ModelError, TaskError
 from tersor.train.health import Health
 from tersor.train.lessons import Lesson, Lessons
 from tersor.train.log import Curve, TrainingLog
-from tersor.train.memory import fingerprint
 from tersor.train.regime import Regime
-from tersor.train.states import Average, Snapshot, put, statistics
+from tersor.train.resuming import identity_of, last_kept, resume, state_of
+from tersor.train.states import Average, Snapshot, random_numbers, set_random_numbers, statistics
 from tersor.train.training import Training
 
 
@@ -76,7 +75,7 @@ def fit(
     """
     if not len(lessons):
         raise TaskError("there are no batches to train on; give the task train=(inputs, targets)")
-    run = _Run(
+    run = Run(
         model, optimizer, lessons, loss, epochs, judge, generator, Training.of(training), regimes,
         log or TrainingLog(show=False),
     )  # fmt: skip
@@ -95,7 +94,7 @@ def fit(
 
 
 @dataclass
-class _Run:
+class Run:
     """One training. Everything below `log` is what a checkpoint holds."""
 
     model: nn.Module
@@ -122,12 +121,12 @@ class _Run:
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.tensors = [*self.trained, *statistics(self.model)]
+        self.device = self.trained[0].device
         self.kept = Snapshot(self.tensors)
         decay = self.settings.ema
         self.average = None if decay is None else Average(self.tensors, decay)
-        device = self.trained[0].device.type
         half = self.settings.precision == "float16"
-        self.scaler = torch.amp.GradScaler(device, enabled=half)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.health = Health(self.steps)
         # How random numbers stood at the start of an epoch that is under way: those of the order
         # of batches, and torch's own.
@@ -136,11 +135,11 @@ class _Run:
 
     def start(self) -> None:
         """At the beginning, or where a checkpoint says."""
-        self.about = self._about() if self.log.path is not None else ""
+        self.about = identity_of(self) if self.log.path is not None else ""
         for regime in self.regimes:
             regime.begin(self.model, self.steps)
-        if (state := self._last()) is not None:
-            self._restore(state)
+        if (state := last_kept(self)) is not None:
+            resume(self, state)
         else:
             self._judge()
 
@@ -169,41 +168,19 @@ class _Run:
 
     def _store(self) -> None:
         together = not all(regime.alone for regime in self.regimes)
-        self.log.store(self._state(), spare=together)
-
-    def _last(self) -> dict[str, Any] | None:
-        """The last checkpoint; where other processes take part, the last one of all of them."""
-        kept = self.log.read()
-        known = {self._place(state): state for state in reversed(kept)}
-        places: Sequence[int] | None = None if self.log.path is None else list(known)[::-1]
-        for regime in self.regimes:
-            places = regime.common(places)
-        return known[places[0]] if places else None
-
-    def _place(self, state: dict[str, Any]) -> int:
-        """Where a checkpoint stands: behind an epoch is later than behind its last batch."""
-        try:
-            epoch, batches = state["at"][:2]
-            return int(epoch * (len(self.lessons) + 1) + batches)
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> OptionError:
-        return OptionError(
-            f"{self.log.path} is damaged ({type(error).__name__}: {error}); delete it to start anew"
-        )
+        self.log.store(state_of(self), spare=together)
 
     def _groups(self) -> Iterator[list[Lesson]]:
         """The batches of each step of this epoch, without those that a checkpoint has seen."""
         if self.random is None:
-            self.random = [self.generator.get_state(), self._numbers()]
+            self.random = [self.generator.get_state(), random_numbers(self.device)]
             lessons = self.lessons.epoch(self.generator)
         else:
-            now = self._numbers()
+            now = random_numbers(self.device)
             self.generator.set_state(self.random[0])
-            self._set_numbers(self.random[1])
+            set_random_numbers(self.random[1], self.device)
             lessons = self.lessons.epoch(self.generator, self.batches)
-            self._set_numbers(now)
+            set_random_numbers(now, self.device)
         while True:
             # A teacher is asked on the way, as precisely as its student computes.
             with self._precision():
@@ -256,7 +233,7 @@ class _Run:
         if self.settings.precision == "float32":
             return nullcontext()
         dtype = getattr(torch, self.settings.precision)
-        return torch.autocast(self.trained[0].device.type, dtype)
+        return torch.autocast(self.device.type, dtype)
 
     def _judge(self) -> None:
         """Keeps this state if it is the best so far."""
@@ -286,100 +263,3 @@ class _Run:
     def settled(self) -> bool:
         """Whether all regimes are."""
         return all(regime.settled for regime in self.regimes)
-
-    def _about(self) -> str:
-        """What tells this training from others: its settings, its data, the network's start."""
-        digest = hashlib.sha256()
-        plain = (int, float, str, bool, type(None))
-        # Of lessons that are a part of others, those.
-        lessons = getattr(self.lessons, "lessons", self.lessons)
-        teacher = getattr(lessons, "original", None)
-        parts = [self.lessons, lessons, *self.regimes]
-        known = [
-            {k: v for k, v in vars(part).items() if k != "_count" and isinstance(v, plain)}
-            for part in parts
-        ]
-        groups = [
-            {k: v for k, v in group.items() if isinstance(v, plain)}
-            for group in self.optimizer.param_groups
-        ]
-        said = [
-            self.log.name,
-            self.log.about,
-            self.settings,
-            self.epochs,
-            self.steps,
-            known,
-            groups,
-        ]
-        digest.update(repr([*said, type(self.optimizer).__name__]).encode())
-        task = self.lessons.task
-        known_by = task.fingerprint() if teacher is None else fingerprint(teacher, task)
-        digest.update(known_by.encode())
-        digest.update(self.generator.get_state().numpy().tobytes())
-        for tensor in (*self.tensors, *self.model.state_dict().values()):
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{tuple(tensor.shape)}".encode())
-            digest.update(flat.view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-    def _numbers(self) -> list[Tensor]:
-        """Torch's own random numbers, with those of the device."""
-        device = self.trained[0].device
-        more = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-        return [torch.get_rng_state(), *more]
-
-    def _set_numbers(self, states: Sequence[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state, self.trained[0].device)
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "about": self.about,
-            "at": [self.epoch, self.batches, self.step, self.best, self.best_epoch, self.counted],
-            "curve": self.curve.state(),
-            "tensors": self.tensors,
-            "kept": self.kept.values,
-            "average": None if self.average is None else self.average.state(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "health": self.health.state(),
-            "regimes": [regime.state() for regime in self.regimes],
-            "generator": self.generator.get_state(),
-            "random": self._numbers(),
-            "epoch_random": self.random,
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        if state.get("about") != self.about:
-            raise OptionError(
-                f"{self.log.path} holds another training: options, data or the network's start "
-                "are not what they were; delete it to start anew, or name another folder"
-            )
-        try:
-            self._take(state)
-        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise self._damaged(error) from error
-        if not all(t.isfinite().all() for t in self.tensors if t.is_floating_point()):
-            raise OptionError(f"{self.log.path} holds NaN; delete it to start anew")
-
-    def _take(self, state: dict[str, Any]) -> None:
-        at = state["at"]
-        self.epoch, self.batches, self.step, self.best, self.best_epoch, self.counted = at
-        self.curve = Curve.of(state["curve"])
-        put(self.tensors, state["tensors"])
-        self.kept.values = [
-            value.to(tensor.device)
-            for value, tensor in zip(state["kept"], self.tensors, strict=True)
-        ]
-        if self.average is not None:
-            self.average.restore(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.health.restore(state["health"])
-        for regime, kept in zip(self.regimes, state["regimes"], strict=True):
-            regime.restore(kept)
-        self.generator.set_state(state["generator"])
-        self._set_numbers(state["random"])
-        self.random = state["epoch_random"]

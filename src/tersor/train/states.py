@@ -91,3 +91,16 @@ def put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Values into tensors, one by one."""
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
+
+
+def random_numbers(device: torch.device) -> list[Tensor]:
+    """The states of torch's own random numbers, with those of the device."""
+    more = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *more]
+
+
+def set_random_numbers(states: Sequence[Tensor], device: torch.device) -> None:
+    """The inverse of `random_numbers`."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
