@@ -183,8 +183,8 @@ def tuned(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def accuracies(seed: int) -> dict[str, Any]:
-    """Of the teacher, of its students, and of what is read from a file; in percent."""
+def accuracies(seed: int, keep: Path | None) -> dict[str, Any]:
+    """Of the teacher and its students, in percent. keep: where the taught one and it are put"""
     found: dict[str, Any] = {"seconds": {}}
     judging = task_of(seed)
 
@@ -207,14 +207,29 @@ def accuracies(seed: int) -> dict[str, Any]:
     took("cut", tuned(copy.deepcopy(cut), seed), start)
     start = time.perf_counter()
     taught = took("taught", run(cut, [TEACHING], teaching, original=teacher), start)
-    start = time.perf_counter()
-    small = run(taught, FILE, task_of(seed), original=teacher)
+    for path, model in zip(kept(keep, seed), (teacher, taught), strict=False):
+        tersor.save(model, path, graph=False)
+    return {**found, **filed(seed, teacher, taught)}
+
+
+def filed(seed: int, teacher: nn.Module, taught: nn.Module) -> dict[str, Any]:
+    """Bytes, and the accuracy of what is read from them."""
+    task = task_of(seed)
+    small = run(taught, FILE, task, original=teacher)
     with tempfile.TemporaryDirectory() as folder:
         path = tersor.save(small, Path(folder) / "student.tersor", graph=False)
-        found["bytes"] = path.stat().st_size
-        took("file", tersor.load(path, into=untuned(seed)), start)
+        read = tersor.load(path, into=untuned(seed))
+        found = {"bytes": path.stat().st_size, "file": round(task.evaluate(read)["accuracy"], 2)}
     print(seed, found, flush=True)
     return found
+
+
+def kept(folder: Path | None, seed: int) -> list[Path]:
+    """Of the teacher and the student of a seed."""
+    if folder is None:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    return [folder / f"{name}{seed}.tersor" for name in ("teacher", "student")]
 
 
 def main() -> None:
@@ -222,6 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="SST-2 with MiniLM.")
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
+    parser.add_argument(
+        "--keep", type=Path, help="students go there; those there are not retrained"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = {
@@ -229,8 +247,14 @@ def main() -> None:
         "teaching": {"spans": SPANS, **TEACHING},
         "file": FILE,
     }
+    trained = earlier({name: settings[name] for name in ("tuning", "teaching")})
     for seed in options.seeds:
-        found = accuracies(seed)
+        paths = kept(options.keep, seed)
+        if paths and str(seed) in trained and all(path.exists() for path in paths):
+            teacher, taught = (tersor.load(path, into=untuned(seed)) for path in paths)
+            found = {**trained[str(seed)], **filed(seed, teacher, taught)}
+        else:
+            found = accuracies(seed, options.keep)
         # Read just now, since another process may be measuring other seeds.
         by_seed = dict(sorted({**earlier(settings), str(seed): found}.items()))
         names = [name for name in found if name not in ("seconds", "skipped")]
@@ -240,7 +264,7 @@ def main() -> None:
 
 
 def earlier(settings: dict[str, Any]) -> dict[str, Any]:
-    """What other seeds gave with the same settings."""
+    """What seeds gave with the same settings, by seed."""
     path = RESULTS / "sst2.json"
     if not path.exists():
         return {}

@@ -45,6 +45,7 @@ def test_tabular_keeps_its_accuracy_in_a_tenth_of_the_size():
     assert metrics["after"]["accuracy"] >= metrics["before"]["accuracy"] - 1 > 93
 
 
+@pytest.mark.slow
 def test_one_technique_reaches_the_same_figures_by_hand(capsys):
     pytest.importorskip("sklearn", reason="scikit-learn bundles the digits")
     importlib.import_module("one_technique").main()
@@ -76,6 +77,7 @@ def test_cifar10_keeps_15_percent_of_the_bytes(shared_data, monkeypatch, capsys)
     assert "sees: cat, ship, ship, airplane, frog" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stories_keep_their_perplexity_and_their_words(shared_data, monkeypatch, capsys):
     whole = zoo.story_ids
     monkeypatch.setattr(zoo, "story_ids", lambda count: [ids[:96] for ids in whole(count)])

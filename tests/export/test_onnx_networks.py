@@ -50,6 +50,7 @@ def test_a_depthwise_network_decides_as_in_torch(shared_data, tmp_path):
         assert torch.equal(OnnxModel(done.path)(images).argmax(1), net(images).argmax(1))
 
 
+@pytest.mark.slow
 def test_a_language_model_of_any_length(shared_data, tmp_path):
     net, stories = zoo.stories260k(), zoo.story_ids(4)
     done, _ = exported(net, tmp_path / "net.onnx", stories[0][None, :40].repeat(2, 1), 4)

@@ -160,6 +160,7 @@ save_file(model.state_dict(), {out!r})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_killed_at_random_moments_the_weights_are_the_same(tmp_path):
     tests = str(Path(__file__).parents[1])
