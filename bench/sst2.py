@@ -60,8 +60,8 @@ TEACHING = {
     "options": {"epochs": 4, "rate": 3e-4, "exclude": ["*embeddings*"], "training": TUNING},
 }
 FILE = [
+    {"method": "quantize.entropy", "options": {"bits": 4.6, "include": ["*embeddings*"]}},
     {"method": "quantize.static", "options": {"exclude": ["*embeddings*"]}},
-    {"method": "quantize.rtn", "options": {"bits": 5, "include": ["*embeddings*"]}},
 ]
 
 
