@@ -1,6 +1,6 @@
 """Hinton's first experiment: what a large network knows of MNIST, told to a small one.
 
-python bench/distill.py        half an hour on one idle core; writes bench/results/distill.json
+python bench/distill.py        a quarter of an hour on one core; writes bench/results/distill.json
 
 A teacher 784-1200-1200-10 is trained with dropout on pictures that are shifted by up to two pixels.
 A student 784-800-800-10 sees neither: once it learns from labels alone, once from the teacher's
@@ -22,7 +22,7 @@ from tersor.methods import run
 from tersor.task import Task, classification
 from tersor.train import Labels, fit
 
-EPOCHS = {"teacher": 60, "student": 80}
+EPOCHS = {"teacher": 30, "student": 40}
 RATE = 1e-3
 BATCH = 256
 TEMPERATURE = 20.0

@@ -1,6 +1,6 @@
 """Lottery tickets of LeNet-300-100 on MNIST, beside the controls that make the claim.
 
-    python bench/lottery.py              two seeds; ten minutes on an idle core
+    python bench/lottery.py              two seeds; ten minutes each on one core
     python bench/lottery.py 0 1 2        these seeds; writes bench/results/lottery.json
 
 A ticket with at most 20 % of the weights is to be within 0.1 points of the dense network or better;
