@@ -4,33 +4,22 @@ python bench/lsq.py            ten minutes on one idle core; writes bench/result
 """
 
 import copy
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import numpy as np
 import torch
+from _mnist import images
 from _record import record
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 import tersor
-import zoo
 from tersor.methods.quantize.lsq import lsq
 from tersor.task import classification
 
 EPOCHS = {"fp32": 20, "lsq": 10}
-
-
-def images(split: str) -> tuple[Tensor, Tensor]:
-    """MNIST in 0..1, and labels."""
-    with np.load(zoo.DATA / "mnist.npz") as arrays:
-        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    return torch.from_numpy(x).float() / 255, torch.from_numpy(y).long()
 
 
 def lenet(epochs: int) -> nn.Module:

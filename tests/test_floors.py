@@ -9,6 +9,7 @@ import pytest
 FLOORS = {
     "errors": 0,
     "files": 1,
+    "progress": 1,
     "version": 0,
     "task": 1,
     "forms": 1,

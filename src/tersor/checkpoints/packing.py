@@ -42,7 +42,7 @@ MOST_BITS = 16
 
 
 class Progress(Protocol):
-    """What is told how far the work is: `Bar` of the planner, for example."""
+    """What is told how far the work is: `tersor.progress.Bar`, for example."""
 
     def plan(self, units: int) -> None:
         """How many units there are."""

@@ -44,7 +44,7 @@ def pack(
     from tersor.checkpoints import free_name
     from tersor.checkpoints import pack as packed
     from tersor.errors import OptionError
-    from tersor.plan.progress import Bar
+    from tersor.progress import Bar
     from tersor.report.checkpoints import pack_view
 
     if drop_none and bits is not None:
@@ -52,7 +52,7 @@ def pack(
             f"--drop-none keeps every bit and --bits {bits:g} does not; give one of the two"
         )
     target = free_name(checkpoint) if out is None else out
-    with Bar(enabled=True) as bar:
+    with Bar("reading the checkpoint") as bar:
         found = packed(checkpoint, target, bits=bits, profile=profile, base=base, progress=bar)
     figures = {"source": str(checkpoint), **found.as_json()}
     return Answer(figures, lambda: pack_view(figures))

@@ -16,7 +16,7 @@ from tersor.methods.effects import Known
 from tersor.methods.quantize.entropy import look
 from tersor.plan.route import Plan, Route, Rows
 from tersor.plan.study import probe, samples_for
-from tersor.plan.trial import Bench
+from tersor.plan.trial import TRIALS, Bench
 from tersor.surgery.walk import walk
 
 # Bits per weight. Below the least no network says anything, and the method ends at the most.
@@ -30,7 +30,7 @@ def coded(bench: Bench) -> Route:
     found = bench.study
     weights = sum(site.weight.numel() for site in found.sites)
     unchanged = sum(site.weight.numel() * site.weight.element_size() for site in found.sites)
-    bench.bar.plan(1)
+    bench.bar.plan(1 + TRIALS)
     if found.task is not None:
         bench.bar.doing("looking at inputs and gradients")
         bench.known = look(found.model, found.task)

@@ -20,13 +20,13 @@ from tersor.plan.coded import coded
 from tersor.plan.folder import RunFolder, run_folder
 from tersor.plan.journal import Journal, model_hash
 from tersor.plan.ladder import ladder
-from tersor.plan.progress import Bar
 from tersor.plan.route import Plan
 from tersor.plan.search import search, shortfalls
 from tersor.plan.study import study
 from tersor.plan.summary import overruns, summary
 from tersor.plan.target import check_target
 from tersor.plan.trial import Bench, Point
+from tersor.progress import Bar
 from tersor.recipe import Recipe
 from tersor.report import finish
 from tersor.surgery import plain_copy
@@ -95,7 +95,10 @@ def compress(
         "seed": seed,
     }
     place = run or _default_folder(original, job)
-    with run_folder(place, job) as (folder, journal), Bar(enabled=progress) as bar:
+    with (
+        run_folder(place, job) as (folder, journal),
+        Bar("reading the model", shown=progress) as bar,
+    ):
         bench = _bench(original, task, example, limits, folder, journal, profile, seed, bar)
         return _finish(bench, steps)
 

@@ -19,10 +19,10 @@ from tersor.codec import coded_bytes
 from tersor.errors import ModelError
 from tersor.methods.allocate import allocate
 from tersor.plan.choices import Choice, choices_for, form_for, recipe_for
-from tersor.plan.progress import Bar
 from tersor.plan.route import Plan, Route, Rows
 from tersor.plan.study import Loss, Study, probe, samples_for
-from tersor.plan.trial import Bench
+from tersor.plan.trial import TRIALS, Bench
+from tersor.progress import Bar
 from tersor.surgery.walk import Site
 
 
@@ -61,7 +61,7 @@ def measure(found: Study, bar: Bar) -> list[Rungs]:
     """
     offered = [choices_for(site) for site in found.sites]
     tried = sum(len(choices) for choices in offered)
-    bar.plan(tried)
+    bar.plan(tried + TRIALS)
     samples = samples_for(found, tried)
     rungs = []
     with ExitStack() as stack:

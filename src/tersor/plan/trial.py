@@ -20,13 +20,16 @@ from tersor.methods import run
 from tersor.methods.effects import Known
 from tersor.plan.budget import Budget
 from tersor.plan.folder import RunFolder
-from tersor.plan.progress import Bar
 from tersor.plan.route import Plan, Rows
 from tersor.plan.study import Study, divergence
 from tersor.program import Program, program_of
 from tersor.program.inputs import Arguments
 from tersor.program.of_model import call_arguments
+from tersor.progress import Bar
 from tersor.version import VERSION
+
+TRIALS = 60
+"""What the trials of a search take, in units of one measured choice; fewer end it sooner."""
 
 
 @dataclass(frozen=True)

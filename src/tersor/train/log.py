@@ -6,12 +6,9 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from tersor.progress import Bar
 from tersor.train import checkpoint
 
 _POINTS = 400
@@ -135,39 +132,4 @@ class TrainingLog:
 
     def bar(self, steps: int, done: int) -> Bar:
         """Shows the training in hand."""
-        return Bar(self.name, steps, done, shown=self._show)
-
-
-class Bar:
-    """Steps done, the loss, and the time that remains, on standard error."""
-
-    def __init__(self, name: str, steps: int, done: int, *, shown: bool) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn(name),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4g}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (shown and console.is_terminal),
-            transient=True,
-        )
-        self._task = self._progress.add_task(name, total=steps, completed=done, loss=float("nan"))
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def step(self, loss: float) -> None:
-        """One more is done."""
-        self._progress.update(self._task, advance=1, loss=loss)
+        return Bar(self.name, steps, done=done, shown=self._show)

@@ -150,7 +150,7 @@ class Run:
                 for group in self._groups():
                     value = self._step(group)
                     self.curve.add(value)
-                    bar.step(value)
+                    bar.advance(note=f"loss {value:.4g}")
                     self.batches += len(group)
                     if self._due():
                         self._store()

@@ -1,4 +1,4 @@
-"""The progress bar of a run, with what it is doing now and the time that remains."""
+"""A progress bar: what is being done, how far it is, and the time that remains."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# Trials that a search takes, in units of one measured choice.
-_TRIALS = 60
-
 
 class Bar:
     """Counts units of work on standard error; draws nothing where that is no terminal."""
 
-    def __init__(self, *, enabled: bool) -> None:
-        """`enabled=False` never draws."""
+    def __init__(
+        self, doing: str, units: int | None = None, *, done: int = 0, shown: bool = True
+    ) -> None:
+        """Units are of all the work, None until `plan` tells; `shown=False` never draws."""
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.percentage:>3.0f}%{task.fields[note]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not (enabled and console.is_terminal),
+            disable=not (shown and console.is_terminal),
             transient=True,
         )
-        self._task = self._progress.add_task("reading the model", total=None)
+        self._task = self._progress.add_task(doing, total=units, completed=done, note="")
 
     def __enter__(self) -> Self:
         """Starts drawing."""
@@ -46,13 +45,13 @@ class Bar:
         self._progress.stop()
 
     def plan(self, units: int) -> None:
-        """States how many units come before the first trial."""
-        self._progress.update(self._task, total=units + _TRIALS)
+        """States how many units there are."""
+        self._progress.update(self._task, total=units)
 
     def doing(self, what: str) -> None:
         """Says what is being done now."""
         self._progress.update(self._task, description=what)
 
-    def advance(self, units: int = 1) -> None:
-        """Units done; a run that took fewer trials than planned jumps ahead at its end."""
-        self._progress.advance(self._task, units)
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Units that are done. note: stands behind them"""
+        self._progress.update(self._task, advance=units, note=note and f"  {note}")
