@@ -1,6 +1,7 @@
 """On-policy distillation: the student writes, and the teacher says what it would have expected."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tersor.methods import run
 from tersor.methods.distill.on_policy import Spoken, continued, divergence, on_policy
 from tersor.methods.prune.magnitude import magnitude
 from tersor.task import Task, classification, language_model
+from tersor.train import TrainingLog
 
 
 class Chain(nn.Module):
@@ -172,3 +174,34 @@ def test_what_cannot_be_done_is_refused(task):
     longer.output = nn.Linear(16, 9)
     with pytest.raises(ModelError, match=r"the teacher gives \(9,\) numbers .* network \(8,\)"):
         on_policy(chain(), task, original=longer)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [1, 6, 7, 9])
+def test_where_it_stops_makes_no_difference(step, task, tmp_path, monkeypatch):
+    # Six steps in an epoch; what was drawn before the stop is drawn again, for the draws behind it.
+    recipe = [{"method": "distill.on_policy", "options": {"epochs": 2}}]
+
+    def trained(folder: Path | None = None) -> nn.Module:
+        log = TrainingLog(folder, minutes=0)
+        return run(chain(seed=1), recipe, task, original=counting(), log=log)
+
+    expected, wanted, asked = trained(), Spoken.wanted, []
+
+    def stopping(*arguments):
+        asked.append(None)
+        if len(asked) == step:
+            raise Stop
+        return wanted(*arguments)
+
+    monkeypatch.setattr(Spoken, "wanted", stopping)
+    with pytest.raises(Stop):
+        trained(tmp_path)
+    found = trained(tmp_path)
+    assert len(asked) == 13
+    assert outcome(found) == outcome(expected)
+    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
