@@ -11,20 +11,15 @@ rounds, of which two never answer. Every row has the same clients, seeds, rounds
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from _mnist import images as read
 from _record import RESULTS, record
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import zoo
 from tersor.federated import (
     Hidden,
     Local,
@@ -86,16 +81,10 @@ def main() -> None:
 
 def data() -> tuple[list[Task], tuple[torch.Tensor, torch.Tensor]]:
     """Each client's task, and the test images."""
-    with np.load(zoo.DATA / "mnist.npz") as arrays:
-        splits = {
-            name: (
-                ((torch.from_numpy(arrays[f"x_{name}"]).float() / 255 - 0.1307) / 0.3081).flatten(
-                    1
-                ),
-                torch.from_numpy(arrays[f"y_{name}"]).long(),
-            )
-            for name in ("train", "test")
-        }
+    splits = {}
+    for name in ("train", "test"):
+        pictures, digits = read(name)
+        splits[name] = ((pictures.flatten(1) - 0.1307) / 0.3081, digits)
     images, labels = splits["train"]
     parts = by_dirichlet(labels, CLIENTS, alpha=0.5, generator=drawn(0))
     tasks = [classification(train=(images[p], labels[p]), batch_size=100) for p in parts]

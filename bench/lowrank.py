@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import smallest
 import torch
+from _mnist import images
 from _record import RESULTS, record
 from torch import Tensor, nn
 from torch.nn import functional
@@ -91,10 +91,8 @@ def factors(matrix: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 def mnist() -> list[dict[str, Any]]:
     """An MLP of 784-1200-1200-10 at a quarter of the weights of its wide layers."""
-    with np.load(zoo.DATA / "mnist.npz") as arrays:
-        data = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    x, y = data["x_train"].reshape(-1, 784).float() / 255, data["y_train"].long()
-    test = data["x_test"].reshape(-1, 784).float() / 255, data["y_test"].long()
+    (x, y), (test_x, test_y) = images("train"), images("test")
+    x, test = x.flatten(1), (test_x.flatten(1), test_y)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(784, 1200), nn.ReLU(), nn.Linear(1200, 1200), nn.ReLU(), nn.Linear(1200, 10)

@@ -8,6 +8,7 @@ folder that the environment variable TERSOR_SHARED_DATA names; the classes need 
 
 import heapq
 import io
+import itertools
 import json
 import os
 import wave
@@ -400,16 +401,40 @@ def cifar10(split: str = "test") -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images).float() / 255, torch.from_numpy(labels).long()
 
 
-def imagenet(count: int = 1000, size: int = 224) -> tuple[Tensor, Tensor]:
-    """The first `count` ImageNet samples in 0..1, resized to `size`, and their labels."""
+def cifar10_jpeg(split: str = "test") -> tuple[Tensor, Tensor]:
+    """CIFAR-10 in 0..1, JPEG-coded, and labels: all 10,000 for "test", 50,000 for "train".
+
+    The pretrained networks lose about ten points on them.
+    """
+    files = ["test"] if split == "test" else ["train_1of2", "train_2of2"]
+    parts = [_jpegs(DATA / f"cifar10_jpeg_{name}.npz") for name in files]
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def _jpegs(path: Path) -> tuple[Tensor, Tensor]:
+    """(n, 3, height, width) in 0..1, all of one size, and labels."""
+    with np.load(path) as arrays:
+        coded, offset, labels = arrays["jpeg"], arrays["offset"], arrays["y"]
+    return torch.stack(
+        [_picture(coded[a:b]) for a, b in itertools.pairwise(offset.tolist())]
+    ), torch.from_numpy(labels).long()
+
+
+def _picture(coded: np.ndarray) -> Tensor:
+    """(3, height, width) in 0..1. coded: a JPEG file, as bytes"""
     from PIL import Image
 
+    pixels = np.array(Image.open(io.BytesIO(coded.tobytes())).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+
+def imagenet(count: int = 1000, size: int = 224) -> tuple[Tensor, Tensor]:
+    """The first `count` ImageNet samples in 0..1, resized to `size`, and their labels."""
     with np.load(DATA / "imagenet_samples_1000.npz") as arrays:
         coded, offset, labels = arrays["jpeg"], arrays["offset"], arrays["y"][:count]
     images = torch.empty(count, 3, size, size)
     for i in range(count):
-        picture = Image.open(io.BytesIO(coded[offset[i] : offset[i + 1]].tobytes()))
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None] / 255
+        pixels = _picture(coded[offset[i] : offset[i + 1]])[None]
         if size != pixels.shape[-1]:
             pixels = functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
         images[i] = pixels[0]
