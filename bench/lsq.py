@@ -20,6 +20,12 @@ from tersor.methods.quantize.lsq import lsq
 from tersor.task import classification
 
 EPOCHS = {"fp32": 20, "lsq": 10}
+ROWS: dict[str, dict[str, Any]] = {
+    "W2A2, ends at 8 bits": {"ends": 8},
+    "W2A2, ends at 8 bits, noise 0.5": {"ends": 8, "noise": 0.5},
+    "W2A2, ends at 2 bits": {"ends": 2},
+    "W2A2, ends at 2 bits, noise 0.5": {"ends": 2, "noise": 0.5},
+}
 
 
 def lenet(epochs: int) -> nn.Module:
@@ -58,13 +64,13 @@ def main() -> None:
         "fp32": {"error": error(net), "seconds": round(time.perf_counter() - started, 1)}
     }
     print(figures, flush=True)
-    for ends in (8, 2):
+    for name, options in ROWS.items():
         started = time.perf_counter()
-        done = lsq(copy.deepcopy(net), task, ends=ends, epochs=EPOCHS["lsq"])
+        done = lsq(copy.deepcopy(net), task, epochs=EPOCHS["lsq"], **options)
         seconds = round(time.perf_counter() - started, 1)
         with tempfile.TemporaryDirectory() as folder:
             size = tersor.save(done, Path(folder) / "m.tersor", graph=False).stat().st_size
-        figures[f"W2A2, ends at {ends} bits"] = {
+        figures[name] = {
             "error": error(done),
             "points_more": round(error(done) - figures["fp32"]["error"], 2),
             "bytes": size,

@@ -55,6 +55,22 @@ def test_gradients_are_those_of_the_paper(bits):
         assert form.scale.grad[row].item() == pytest.approx(of_scale, rel=1e-6, abs=1e-9)
 
 
+def test_weights_that_are_not_chosen_pass_as_they_are():
+    # Fan et al. 2021, eq. 6: a weight of the chosen ones is rounded, any other is itself.
+    form = trained((3, 20), 3)
+    whole, latent = form.freeze().dense(), form.latent.detach().clone()
+    form.chosen = torch.rand(3, 20, generator=torch.Generator().manual_seed(4)) < 0.3
+    found, upstream = form.dense(), torch.arange(60.0).view(3, 20)
+    for row in range(3):
+        for at in range(20):
+            wanted = whole if form.chosen[row, at] else latent
+            assert found[row, at] == wanted[row, at]
+    (found * upstream).sum().backward()
+    assert torch.equal(form.latent.grad[~form.chosen], upstream[~form.chosen])
+    with torch.no_grad():
+        assert torch.equal(form.dense(), whole)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(
     ("shape", "group_size", "axis"),

@@ -173,3 +173,12 @@ def test_what_is_left_out_is_not_trained(task):
     logits(model, task, original=net(), epochs=10, rate=5e-3, exclude=["1", "0.bias"])
     assert torch.equal(model[1].weight, kept[1].weight)
     assert torch.equal(model[1].bias, kept[1].bias)
+
+
+def test_a_batch_norm_that_is_left_out_keeps_its_statistics(task):
+    model, original = net(), net()
+    magnitude(model, sparsity=0.7)
+    logits(model, task, original=original, epochs=2, rate=5e-3, exclude="1")
+    assert outcome(model)["kept"]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(model[1], name), getattr(original[1], name)), name

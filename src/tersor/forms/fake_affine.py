@@ -1,6 +1,7 @@
 """Fake-affine form: a float weight that is rounded on every read, for training with quantization.
 
-Source: Esser et al. 2020 (LSQ), arXiv:1902.08153, eqs. 1-3 and section 2.2 (gradient scale).
+Source: Esser et al. 2020 (LSQ), arXiv:1902.08153, eqs. 1-3 and section 2.2 (gradient scale); Fan et
+al. 2021 (Quant-Noise), arXiv:2004.07320, eq. 6, for rounding only some weights.
 Differs: the scale is rounded to bfloat16 with a straight-through gradient, so that `freeze` gives
 an `Affine` whose weight is equal bit for bit.
 """
@@ -29,6 +30,7 @@ class FakeAffine(Form):
 
     latent: (outputs, inputs) the float weight being trained
     scale: (outputs, groups) float, trained too
+    chosen: (outputs, inputs) which weights are rounded where gradients are recorded; None for all
     bits: 2 to 8, symmetric
     """
 
@@ -51,6 +53,7 @@ class FakeAffine(Form):
         self.bits, self.group_size, self.axis = bits, group_size, axis
         self.latent = nn.Parameter(latent.contiguous())
         self.scale = nn.Parameter(scale.contiguous())
+        self.chosen: Tensor | None = None
 
     @classmethod
     def encode(
@@ -87,6 +90,8 @@ class FakeAffine(Form):
         scale = spread(rounded, inputs, self.group_size)
         levels = (self.latent / scale).clamp(-top, top)
         matrix = (levels + (levels.round() - levels).detach()) * scale
+        if self.chosen is not None and torch.is_grad_enabled():
+            matrix = torch.where(self.chosen, matrix, self.latent)
         return from_matrix(matrix.to(self.dtype), self.shape, self.axis)
 
     def freeze(self) -> Affine:

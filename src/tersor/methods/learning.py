@@ -41,7 +41,7 @@ def learn(
     lessons: Lessons,
     original: nn.Module | None,
     *,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
     epochs: int,
     rate: float,
     loss: Loss | None = None,
@@ -56,19 +56,22 @@ def learn(
     name: of the method
     original: whose held-out answers judge; None for the labels of held-out samples, and where
         there are none the last state counts as the best
-    parameters: more than the network's own may be among them, as those of regressors
+    parameters: more than the network's own may be among them, as those of regressors; or groups of
+        them as torch's optimizers take, with an "lr" each
     loss: by default that of the lessons
-    batch_norms: whether they follow the batches
+    batch_norms: whether those follow the batches that are trained, or have nothing to train
     """
+    every = list(_flat(parameters))
+    chosen = {id(parameter) for parameter in every}
     task, settings = lessons.task, Training.of(training)
     loss = loss or lessons.loss
     judge, unit = _judge(name, model, task, original)
 
     def value(lesson: Lesson) -> Tensor:
-        with _modes(model, batch_norms), torch.enable_grad():
+        with _modes(model, chosen, batch_norms), torch.enable_grad():
             return loss(task.predict(model, lesson.inputs), lesson)
 
-    with differentiable(parameters), nullcontext() if original is None else decoded(original):
+    with differentiable(every), nullcontext() if original is None else decoded(original):
         fitted = fit(
             model,
             settings.optimizing(parameters, rate),
@@ -81,11 +84,16 @@ def learn(
             regimes=regimes,
             log=log,
         )
-    for parameter in parameters:
+    for parameter in every:
         parameter.grad = None
     if log is not None:
         log.curves[name if log.name == "training" else log.name] = fitted.curve
-    return _outcome(fitted, unit, sum(p.numel() for p in parameters))
+    return _outcome(fitted, unit, sum(p.numel() for p in every))
+
+
+def _flat(parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> Iterator[nn.Parameter]:
+    for given in parameters:
+        yield from given["params"] if isinstance(given, dict) else (given,)
 
 
 def lessons_of(
@@ -199,10 +207,11 @@ def _outcome(fitted: Fitted, unit: str, trained: int) -> Outcome:
 
 
 @contextmanager
-def _modes(model: nn.Module, batch_norms: bool) -> Iterator[None]:
+def _modes(model: nn.Module, chosen: set[int], batch_norms: bool) -> Iterator[None]:
     """Batch norms as wanted, all else as it computes in use: a teacher drops nothing out."""
     with evaluation_mode(model):
         for module in model.modules():
             if isinstance(module, _BatchNorm):
-                module.train(batch_norms)
+                own = module.weight is None or id(module.weight) in chosen
+                module.train(batch_norms and own)
         yield

@@ -4,15 +4,15 @@ For 2 to 4 bits, where rounding a trained network no longer works and there is d
 train: labels if the task has them, the original's answers otherwise. After training everything is
 frozen to codes and grids, and no answer changes. For 8 bits `quantize.static` needs no training.
 
-Source: Esser et al. 2020 (LSQ), arXiv:1902.08153.
-Differs from the paper: scales per output channel, stored in bfloat16; Adam, with a rate in
-proportion to each tensor's size; where there are labels, the loss is that of the task plus the
-divergence from the original (as in section 3.6, at temperature 1).
+Source: Esser et al. 2020 (LSQ), arXiv:1902.08153; Fan et al. 2021 (Quant-Noise), arXiv:2004.07320,
+section 4.2 and eq. 6, for rounding some of the weights in each step.
+Differs from the papers: scales per output channel, stored in bfloat16; Adam, with a rate in
+proportion to each tensor's size; labels and the original's answers (section 3.6 of the first, at
+temperature 1) count half each; noise is drawn for weights one by one, not for blocks.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,25 +21,24 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.errors import ModelError
 from tersor.forms import Bitmask, FakeAffine, NofM
 from tersor.forms.learned_grid import LearnedGrid
-from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.running import evaluating, unfused
 from tersor.methods.asked import held_out_of
+from tersor.methods.learning import learn
+from tersor.methods.masking import masked, schooling
 from tersor.methods.sparse import check_uncoded, keep_zeros, sparse_form
 from tersor.recipe import Outcome, method
-from tersor.surgery.grids import grids, put
+from tersor.surgery.grids import grid_of, grids, put, remove
 from tersor.surgery.walk import Patterns, Site, in_execution_order, kind_of, vectors, walk
 from tersor.task import Inputs, Task
 from tersor.task.kinds import evaluation_mode
-from tersor.train import Labels, answers, fit
-from tersor.train.lessons import Lesson
+from tersor.train import Regime, TrainingLog
 
 _RATE = 0.01
-"""Of Adam: the share of its own size by which a tensor changes in a step, at most."""
+"""The highest: the share of its own size by which a tensor changes in a step."""
 _SMALL = 0.1
 """The size of a tensor of zeros."""
 _PRODUCTS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
@@ -51,65 +50,108 @@ def lsq(
     task: Task | None = None,
     *,
     original: nn.Module | None = None,
+    log: TrainingLog | None = None,
     bits: Annotated[int, Field(ge=2, le=8)] = 2,
     activation_bits: Annotated[int, Field(ge=2, le=8)] | None = 2,
     ends: Annotated[int, Field(ge=2, le=8)] = 8,
+    noise: Annotated[float, Field(gt=0, le=1)] = 1.0,
     epochs: Annotated[int, Field(ge=1)] = 20,
+    training: Mapping[str, Any] | None = None,
+    generator: torch.Generator | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> tuple[nn.Module, Outcome]:
     """Trains the network with rounded weights and activations, in place, and freezes it.
 
-    original: the network whose answers are the target; by default this one as it is
+    original: whose answers are learned and judge; by default the network as it is now
     bits: of the weights, 2 to 8
     activation_bits: of what enters linear and convolution layers, 2 to 8; None leaves it float
     ends: bits of both in the first and the last layer
+    noise: share of the weights that a step rounds, others each time, above 0; 1 rounds all
     epochs: passes over the training data, or over the calibration inputs where there is none
+    training: settings of the loop that differ from the usual, see `tersor.train.Training`
+    generator: draws the order of the inputs, and which weights are rounded
     include, exclude: patterns on names and types, see `walk`; others stay as they are
 
     The step's outcome says what it was trained on, and the divergence of held-out answers from the
-    original's at the start of training and now.
+    original's at the start of training and now. After an error all is as it was.
     """
-    task, held_out = held_out_of("quantize.lsq", task)
-    batches = task.calibration()
-    sites = walk(model, include, exclude)
+    task, _ = held_out_of("quantize.lsq", task)
+    sites, others = walk(model, include, exclude), vectors(model, include, exclude)
     check_uncoded(sites)
     _check_wide(sites)
-    original = copy.deepcopy(model) if original is None else original
-    wanted = reference_outputs(original, task, held_out)
-    widths = _widths(model, task, batches[0], ends)
-    if activation_bits is not None:
-        _put_grids(model, task, batches, sites, activation_bits, widths)
-    pruned = {site.name: _start(site, widths.get(site.name, bits)) for site in sites}
-    lessons = Labels(task) if task.has_train else answers(original, task, batches)
-
-    def loss(lesson: Lesson) -> Tensor:
-        outputs = task.predict(model, lesson.inputs)
-        value = lessons.loss(outputs, lesson)
-        if task.has_train:
-            with evaluation_mode(original):
-                answer = task.predict(original, lesson.inputs)
-            value = value + task.divergence(answer, outputs).mean()
-        return value
-
-    groups = _groups(model, sites, vectors(model, include, exclude))
-    with _training(model, groups, batch_norms=task.has_train), unfused():
-        fitted = fit(
+    lessons, teacher = schooling("quantize.lsq", model, task, original, None)
+    order = generator or torch.Generator().manual_seed(0)
+    pruned = {site.name: sparse_form(site.form) for site in sites}
+    with (
+        _gridded(model, task, sites, activation_bits, ends) as widths,
+        masked(model, sites, lambda site: _start(site, widths.get(site.name, bits))),
+        unfused(),
+    ):
+        forms = [trained(site) for site in sites]
+        outcome = learn(
+            "quantize.lsq",
             model,
-            torch.optim.Adam(groups, fused=True),
             lessons,
-            loss,
+            teacher,
+            parameters=_groups(model, forms, others),
             epochs=epochs,
-            judge=lambda: divergence_of(model, task, held_out, wanted),
-            generator=torch.Generator().manual_seed(0),
+            rate=_RATE,
+            training=training,
+            generator=order,
+            regimes=[Noise(forms, noise, order)] if noise < 1 else [],
+            log=log,
+            batch_norms=task.has_train,
         )
     _freeze(model, sites, pruned)
-    return model, {
-        "trained_on": "labels" if task.has_train else "answers of the original",
-        "divergence_before": fitted.before,
-        "divergence_after": fitted.after,
-        "steps": fitted.steps,
-    }
+    labelled = "labels and " if task.has_train else ""
+    return model, {"trained_on": f"{labelled}answers of the original", **outcome}
+
+
+class Noise(Regime):
+    """Rounds some of the weights in each step, and passes the others on as they are.
+
+    share: the chance of a weight to be rounded, the papers' p
+    generator: draws a seed for them
+    """
+
+    def __init__(
+        self, forms: Sequence[FakeAffine], share: float, generator: torch.Generator
+    ) -> None:
+        """Without gradients all of them are rounded, as ever."""
+        self._forms, self._share = forms, share
+        seed = int(torch.randint(2**62, (), generator=generator))
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """Draws for the first step."""
+        self._draw()
+
+    def after(self, step: int) -> None:
+        """Draws for the next one."""
+        self._draw()
+
+    def state(self) -> dict[str, Any]:
+        """Where the drawing was before this step's."""
+        return {"generator": self._before}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Draws that step's again."""
+        self._generator.set_state(state["generator"])
+        self._draw()
+
+    def _draw(self) -> None:
+        self._before = self._generator.get_state()
+        for form in self._forms:
+            lots = torch.rand(form.latent.shape, generator=self._generator)
+            form.chosen = (lots < self._share).to(form.latent.device)
+
+
+def trained(site: Site) -> FakeAffine:
+    """The form of a site while it is trained."""
+    form = site.form
+    assert isinstance(form, FakeAffine)
+    return form
 
 
 def _check_wide(sites: Sequence[Site]) -> None:
@@ -122,16 +164,37 @@ def _check_wide(sites: Sequence[Site]) -> None:
             )
 
 
-def _start(site: Site, bits: int) -> Bitmask | NofM | None:
-    """Holds the weight as one to be trained; what is pruned stays zero. Returns what says where."""
-    sparse = sparse_form(site.form)
+def _start(site: Site, bits: int) -> FakeAffine:
+    """What the weight is trained as; what is pruned stays zero."""
     form = FakeAffine.encode(site.weight, bits=bits, axis=site.axis)
-    if sparse is not None:
+    if sparse_form(site.form) is not None:
         # Without a gradient Adam never moves a zero.
         kept = form.latent.detach() != 0
         form.latent.register_hook(partial(torch.mul, kept))  # type: ignore[no-untyped-call]
-    site.hold(form)
-    return sparse
+    return form
+
+
+@contextmanager
+def _gridded(
+    model: nn.Module, task: Task, sites: Sequence[Site], bits: int | None, ends: int
+) -> Iterator[dict[str, int]]:
+    """With grids to be learned; after an error those that were there are back.
+
+    Gives the bits of the first and the last weight that a pass uses.
+    """
+    batches = task.calibration()
+    widths = _widths(model, task, batches[0], ends)
+    before = [(layer, grid_of(layer, "input")) for layer in model.modules()]
+    try:
+        if bits is not None:
+            _put_grids(model, task, batches, sites, bits, widths)
+        yield widths
+    except BaseException:
+        for layer, grid in before:
+            remove(layer, "input")
+            if grid is not None:
+                put(layer, "input", grid)
+        raise
 
 
 def _widths(model: nn.Module, task: Task, batch: Inputs, ends: int) -> dict[str, int]:
@@ -180,11 +243,10 @@ def _put_grids(
 
 
 def _groups(
-    model: nn.Module, sites: Sequence[Site], others: Sequence[Site]
+    model: nn.Module, forms: Sequence[FakeAffine], others: Sequence[Site]
 ) -> list[dict[str, Any]]:
     """Each tensor to train, with a rate in proportion to its size."""
-    forms = [site.form for site in sites]
-    tensors = [p for form in forms if form is not None for p in form.parameters()]
+    tensors = [p for form in forms for p in form.parameters()]
     tensors += [p for _, _, _, grid in grids(model) for p in grid.parameters()]
     tensors += [getattr(*site.uses[0]) for site in others]
     return [
@@ -192,40 +254,12 @@ def _groups(
     ]
 
 
-@contextmanager
-def _training(
-    model: nn.Module, groups: Sequence[dict[str, Any]], *, batch_norms: bool
-) -> Iterator[None]:
-    """Gradients reach these tensors alone; all is as before after it, statistics aside.
-
-    Nothing is dropped out, which few bits do not need and which would follow no seed.
-    """
-    chosen = {id(p) for group in groups for p in group["params"]}
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    for module in model.modules():
-        own = isinstance(module, _BatchNorm) and id(module.weight) in chosen
-        module.training = batch_norms and own
-    for parameter, _ in wanted:
-        parameter.requires_grad_(id(parameter) in chosen)
-    try:
-        yield
-    finally:
-        for parameter, before in wanted:
-            parameter.requires_grad_(before)
-            parameter.grad = None
-        for module, mode in modes:
-            module.training = mode
-
-
 def _freeze(
     model: nn.Module, sites: Sequence[Site], pruned: Mapping[str, Bitmask | NofM | None]
 ) -> None:
     """Codes and grids in place of what was trained; they give the same."""
     for site in sites:
-        trained, sparse = site.form, pruned[site.name]
-        assert isinstance(trained, FakeAffine)
-        frozen = trained.freeze()
+        frozen, sparse = trained(site).freeze(), pruned[site.name]
         if sparse is not None:
             keep_zeros(frozen, sparse)
         site.hold(frozen)
