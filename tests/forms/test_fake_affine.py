@@ -121,3 +121,14 @@ def test_training_lowers_the_error_it_is_trained_on():
 def test_one_bit_is_refused():
     with pytest.raises(OptionError, match=r"bits=1 .* training needs 2 to 8"):
         FakeAffine.encode(torch.ones(2, 3), bits=1)
+
+
+def test_a_scale_that_a_step_took_below_zero_counts_by_its_size():
+    form, other = trained((3, 20), 3), trained((3, 20), 3)
+    with torch.no_grad():
+        other.scale[1] *= -1
+    assert torch.equal(other.dense(), form.dense())
+    assert torch.equal(other.freeze().dense(), form.freeze().dense())
+    assert (other.freeze().scale > 0).all()
+    (form.dense()[1].square().sum() + other.dense()[1].square().sum()).backward()
+    assert torch.equal(other.scale.grad[1], -form.scale.grad[1])

@@ -16,6 +16,7 @@ from tersor.methods.quantize.rtn import rtn
 from tersor.surgery import walk
 from tersor.task import Task, classification, regression
 from tersor.train import Lesson, Teacher
+from tersor.train.lessons import standardized
 
 
 def net() -> nn.Sequential:
@@ -182,3 +183,9 @@ def test_a_batch_norm_that_is_left_out_keeps_its_statistics(task):
     assert outcome(model)["kept"]
     for name in ("weight", "bias", "running_mean", "running_var"):
         assert torch.equal(getattr(model[1], name), getattr(original[1], name)), name
+
+
+def test_rows_of_equal_logits_have_a_gradient():
+    outputs = torch.zeros(2, 5, requires_grad=True)
+    (slope,) = torch.autograd.grad(standardized(outputs)[:, 0].sum(), outputs)
+    assert slope.isfinite().all()

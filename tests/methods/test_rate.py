@@ -149,3 +149,11 @@ def test_vectors_that_were_not_chosen_stay(model, task):
     done = rate(copy.deepcopy(model), task, bits=1.0, epochs=1, include="2")
     assert torch.equal(done[0].bias, model[0].bias)
     assert torch.equal(done[4].weight, model[4].weight)
+
+
+def test_with_labels_alone_no_teacher_judges(model, task):
+    done = run(model, [{"method": "quantize.rate", "options": {"labels": 1.0, "epochs": 20}}], task)
+    # Held-out samples have no labels here, so that the last state counts.
+    assert "divergence_after" not in outcome(done)
+    assert outcome(done)["bits"] < 1.03
+    assert task.evaluate(done)["accuracy"] > task.evaluate(model)["accuracy"] - 2

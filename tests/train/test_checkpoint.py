@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tersor.errors import ModelError, OptionError, OutputError
@@ -32,10 +33,12 @@ def net() -> nn.Module:
 
 def train(
     folder=None, *, stop=None, optimizer="Adam", width=16, minutes=0.0, epochs=3, seed=0, rate=0.02,
-    failure=None, judged=True,
+    failure=None, judged=True, made=None,
 ):  # fmt: skip
     """12 steps in an epoch; `minutes=0` writes a checkpoint behind each of them."""
     model = net().train() if width == 16 else nn.Linear(2, 3)
+    if made is not None:
+        made.append(model)
     torch.manual_seed(1)
     lessons, seen = Labels(classification(train=blobs(), batch_size=8)), []
 
@@ -107,10 +110,21 @@ def test_a_damaged_one_is_refused_and_the_network_is_as_it_was(tmp_path):
         train(tmp_path)
 
 
-def test_a_training_that_failed_leaves_no_checkpoint(tmp_path):
-    with pytest.raises(ModelError, match="the loss is nan"):
+def test_a_training_that_failed_leaves_its_best_state_and_nothing_to_go_on_from(tmp_path):
+    with pytest.raises(ModelError, match="the loss is nan") as told:
         train(tmp_path, stop=8, failure=math.nan)
+    # In its first epoch it was at its best at the start.
     assert not list(tmp_path.iterdir())
+    assert "behind epoch" not in str(told.value)
+    made: list[nn.Module] = []
+    with pytest.raises(ModelError, match=r"as it was behind epoch \d is in ") as told:
+        train(tmp_path, stop=30, failure=math.nan, made=made)
+    (path,) = tmp_path.iterdir()
+    assert str(path) in str(told.value)
+    kept = load_file(path)
+    assert kept.keys() == made[0].state_dict().keys()
+    assert all(torch.equal(kept[name], value) for name, value in made[0].state_dict().items())
+    assert not torch.equal(kept["0.weight"], net()[0].weight)
 
 
 def test_what_cannot_be_written_is_said(tmp_path):

@@ -38,6 +38,7 @@ from tersor.train.distributed import (
     shard,
     simulate,
     simulate_local,
+    together,
     world,
 )
 
@@ -147,12 +148,12 @@ def by_hook(name: str) -> dict:
     return end_of(model, traffic.sent)
 
 
-def by_torch(name: str) -> dict:
+def by_torch(name: str, start: int = 1000) -> dict:
     model = net()
     parallel = DistributedDataParallel(model)
-    add_torch_hook(parallel, name)
+    traffic = add_torch_hook(parallel, name, rank=1, start=start)
     looped(parallel)
-    return end_of(model)
+    return end_of(model, traffic.sent)
 
 
 def by_local_updates() -> dict:
@@ -182,6 +183,7 @@ def killed_and_resumed(folder: Path) -> dict:
             if step == 3:
                 raise KeyboardInterrupt
 
+    together._ASKING = 1
     log = TrainingLog(folder, minutes=0, show=False)
     with suppress(KeyboardInterrupt):
         fitted(net(), Stop(TopK(0.1)), sgd, log=log)
@@ -218,7 +220,8 @@ def main(rank: int, folder: Path) -> None:
     )
     results = {("regime", name): by_regime(name) for name in COMPRESSORS}
     results |= {("hook", name): by_hook(name) for name in COMPRESSORS}
-    results |= {("torch", name): by_torch(name) for name in ("allreduce", "powersgd")}
+    results |= {("torch", name): by_torch(name) for name in TORCH_HOOKS}
+    results["early"] = by_torch("powerSGD", 2)
     results["local"] = by_local_updates()
     results["shards"] = by_shards()
     results["norm"] = with_batch_norm()
@@ -277,11 +280,20 @@ def test_every_rank_ends_with_the_same_weights_as_in_the_simulation(ends, way, n
 
 def test_torchs_own_hooks_are_reached_by_name(ends):
     model, _ = simulated(Uncompressed())
-    for name in ("allreduce", "powersgd"):
+    for name in TORCH_HOOKS:
         # Its PowerSGD averages plainly at first.
-        assert close(ends[0]["torch", name]["state"], model.state_dict())
+        tolerance = 1e-2 if "16" in name else 1e-5
+        assert close(ends[0]["torch", name]["state"], model.state_dict(), tolerance)
         assert close(ends[0]["torch", name]["state"], ends[1]["torch", name]["state"], 0)
-    assert "powersgd_rank2" in TORCH_HOOKS
+
+
+def test_what_they_send_is_counted(ends):
+    # Six steps of 16 x 2, 16, 3 x 16 and 3 numbers, which are 99.
+    sent = {name: ends[0]["torch", name]["sent"] for name in TORCH_HOOKS}
+    half, whole = 6 * 2 * 99, 6 * 4 * 99
+    assert sent == dict(zip(TORCH_HOOKS, (whole, half, half, whole), strict=True))
+    # Of rank 1 the larger matrix takes 3 + 16 numbers, and the smaller one would save too little.
+    assert ends[0]["early"]["sent"] == 4 * (2 * 99 + 4 * (32 + 16 + 19 + 3))
 
 
 def test_local_updates_are_those_of_the_simulation(ends):

@@ -8,7 +8,7 @@ from torch import nn
 
 from tersor.errors import ModelError, TaskError
 from tersor.task import classification
-from tersor.train import Labels, Lesson, Training, answers, fit
+from tersor.train import Labels, Lesson, Regime, Training, answers, fit
 
 
 def blobs(n: int = 96, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,3 +171,41 @@ def test_without_inputs_there_is_nothing_to_learn_from():
     task = classification(calibration=blobs()[0])
     with pytest.raises(TaskError, match="no calibration inputs to learn from"):
         answers(net(), task, [])
+
+
+def test_a_loader_that_gives_less_than_it_says_is_told_to_regimes_only():
+    class Short(Labels):
+        def __len__(self) -> int:
+            return 40
+
+    short = Short(classification(train=blobs(), batch_size=16))
+    trained(net(), short, epochs=1)
+    with pytest.raises(TaskError, match="epoch 1 had 6 batches of 40: the loader gives fewer"):
+        trained(net(), short, epochs=1, regimes=[Regime()])
+
+
+def test_an_average_starts_anew_where_weights_leapt():
+    class Leaping(Regime):
+        def after(self, step: int) -> None:
+            self.step = step
+            if step == 2:
+                with torch.no_grad():
+                    model[0].weight.mul_(100)
+
+        @property
+        def leapt(self) -> bool:
+            return self.step == 2
+
+    model, seen = net(), []
+
+    def judge() -> float:
+        seen.append(float(model[0].weight.detach().abs().mean()))
+        return -len(seen)
+
+    lessons = Labels(classification(train=blobs(), batch_size=16))
+    trained(
+        model, lessons, judge=judge, epochs=1, rate=1e-4, regimes=[Leaping()],
+        training={"ema": 0.999},
+    )  # fmt: skip
+    # An average with what was before would be far below.
+    assert seen[1] > 90 * seen[0]

@@ -29,7 +29,7 @@ class FakeAffine(Form):
     """weight = clamp(round(latent / scale), -top, top) * scale,   top = 2**(bits-1) - 1
 
     latent: (outputs, inputs) the float weight being trained
-    scale: (outputs, groups) float, trained too
+    scale: (outputs, groups) float, trained too; a step may take it below 0, where its size counts
     chosen: (outputs, inputs) which weights are rounded where gradients are recorded; None for all
     bits: 2 to 8, symmetric
     """
@@ -84,9 +84,10 @@ class FakeAffine(Form):
         top = 2 ** (self.bits - 1) - 1
         inputs = self.latent.shape[1]
         damping = 1.0 / (self.latent.numel() / max(1, self.scale.numel()) * top) ** 0.5
-        damped = self.scale * damping + (self.scale * (1 - damping)).detach()
+        size = self._size()
+        damped = size * damping + (size * (1 - damping)).detach()
         # Rounded from the scale itself: damping may move it by a bit, across a bfloat16's edge.
-        rounded = damped + (self.scale.to(torch.bfloat16).to(damped.dtype) - damped).detach()
+        rounded = damped + (size.to(torch.bfloat16).to(damped.dtype) - damped).detach()
         scale = spread(rounded, inputs, self.group_size)
         levels = (self.latent / scale).clamp(-top, top)
         matrix = (levels + (levels.round() - levels).detach()) * scale
@@ -97,7 +98,7 @@ class FakeAffine(Form):
     def freeze(self) -> Affine:
         """The deployed form; its weight equals `dense()` exactly."""
         top = 2 ** (self.bits - 1) - 1
-        scale = self.scale.detach().to(torch.bfloat16)
+        scale = self._size().detach().to(torch.bfloat16)
         levels = self.latent.detach() / spread(
             scale.to(self.latent.dtype), self.latent.shape[1], self.group_size
         )
@@ -112,6 +113,10 @@ class FakeAffine(Form):
             shape=self.shape,
             dtype=self.dtype,
         )
+
+    def _size(self) -> Tensor:
+        """The scale, above 0."""
+        return self.scale.abs().clamp(min=torch.finfo(torch.bfloat16).tiny)
 
     def parts(self) -> tuple[Part, ...]:
         """What `freeze` will store."""

@@ -85,6 +85,11 @@ class Gating(Regime):
         """Whether gates are what they will be."""
         return self._done >= self._end
 
+    @property
+    def leapt(self) -> bool:
+        """Whether gates have just become factors of the weights."""
+        return self._done == self._end
+
     def state(self) -> dict[str, Any]:
         """Gates, masks behind them, and all that moves them."""
         return {
@@ -108,7 +113,7 @@ class Gating(Regime):
             self._forms, state["openness"], state["noise"], strict=True
         ):
             form.openness.detach().copy_(openness)
-            form.noise = noise
+            form.noise = None if noise is None else noise.to(form.openness.device)
         if self.settled:
             self._hold(state["masks"])
 
@@ -160,7 +165,7 @@ class Gating(Regime):
 
     def _hold(self, masks: Sequence[Tensor]) -> None:
         for site, form, mask in zip(self._sites, self._forms, masks, strict=True):
-            soft = SoftMask(form.latent.detach(), mask.clone())
+            soft = SoftMask(form.latent.detach(), mask.clone().to(form.latent.device))
             # The very tensor that the optimizer trains.
             soft.latent = form.latent
             site.hold(soft)

@@ -50,6 +50,7 @@ class Masking(Regime):
         self._goal = wanted(sparsity)
         self.forms = [soft(site) for site in sites]
         self._alive = [form.mask.clone() for form in self.forms]
+        self._masks = self._alive
         self._end, self._every, self._done = 1, 1, 0
 
     def scores(self, form: SoftMask) -> Tensor:
@@ -58,6 +59,9 @@ class Masking(Regime):
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Sets the pace."""
+        # Another loop may have moved the network after it was masked.
+        self._alive = self._here(self._alive)
+        self._masks = self._here(self._masks)
         self._end = max(1, round(GROWTH * steps))
         self._every = -(-self._end // _TIMES)
 
@@ -67,6 +71,14 @@ class Masking(Regime):
         if self._done == self._end or (self._done < self._end and self._done % self._every == 0):
             self._choose()
 
+    def enforce(self) -> None:
+        """Puts the masks of now in force: a loop may have put back a state with older ones."""
+        self._show()
+
+    def _show(self) -> None:
+        for form, mask in zip(self.forms, self._masks, strict=True):
+            form.mask.copy_(mask)
+
     @property
     def settled(self) -> bool:
         """Whether masks are what they will be."""
@@ -74,13 +86,17 @@ class Masking(Regime):
 
     def state(self) -> dict[str, Any]:
         """The masks, and how far they are."""
-        return {"done": self._done, "masks": [form.mask for form in self.forms]}
+        return {"done": self._done, "masks": self._masks}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self._done = state["done"]
-        for form, mask in zip(self.forms, state["masks"], strict=True):
-            form.mask.copy_(mask)
+        self._masks = self._here(state["masks"])
+        self._show()
+
+    def _here(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """On the devices of the weights."""
+        return [mask.to(form.mask.device) for form, mask in zip(self.forms, masks, strict=True)]
 
     def _choose(self) -> None:
         kept = [
@@ -91,8 +107,8 @@ class Masking(Regime):
             if alive.any() and not keep.any():
                 other = ' or scope="layer"' if self._scope == "global" else ""
                 raise emptied(site, self._sparsity, other)
-        for form, keep in zip(self.forms, kept, strict=True):
-            form.mask.copy_(keep)
+        self._masks = kept
+        self._show()
 
     def _kept(self) -> list[Tensor]:
         """True for what is shown now, of each weight; what never was is among it at times."""
@@ -208,8 +224,9 @@ def schooling(
     task: Task | None,
     original: nn.Module | None,
     labels: float | None,
+    temperature: float = 1.0,
 ) -> tuple[Lessons, nn.Module | None]:
-    """What a network that is pruned learns from, and the teacher that judges it.
+    """What a network that is compressed learns from, and the teacher that judges it.
 
     original: by default the network as it is now
     labels: their share; with 1 there is no teacher, with None half where there are any
@@ -221,7 +238,8 @@ def schooling(
             for layer, attribute in site.uses:
                 bake(layer, attribute)
         teacher = copy.deepcopy(model)
-    return lessons_of(name, task, teacher, labels=labels), teacher
+    lessons = lessons_of(name, task, teacher, labels=labels, temperature=temperature)
+    return lessons, teacher
 
 
 def check_precision(name: str, training: Mapping[str, Any] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,19 @@ def store(path: Path, state: dict[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps({"version": _VERSION, "state": _taken_apart(state, tensors)})
+    _write(path, tensors, {"tersor.training": plain})
+
+
+def store_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors by their names, whole or not at all. Raises OutputError as `store` does."""
+    _write(path, {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], more: dict[str, str] | None = None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as draft:
-            save_file(tensors, draft, metadata={"tersor.training": plain})
+            save_file(tensors, draft, metadata=more)
     except OutputError:
         raise
     except (OSError, SafetensorError) as error:

@@ -206,7 +206,8 @@ def check_alike(wanted: Tensor, outputs: Tensor) -> None:
 def standardized(logits: Tensor) -> Tensor:
     """(rows, classes) to mean 0 and standard deviation 1 in each row."""
     centred = logits - logits.mean(1, keepdim=True)
-    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
+    # Below the root: at 0 it has no slope.
+    return centred / centred.square().mean(1, keepdim=True).clamp(min=1e-12).sqrt()
 
 
 def shuffled(

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from tersor.errors import OutputError
 from tersor.progress import Bar
 from tersor.train import checkpoint
 
@@ -123,6 +126,21 @@ class TrainingLog:
             }
             for name, c in self.curves.items()
         ]
+
+    def rescue(self, model: nn.Module) -> Path | None:
+        """Keeps the best state of a training that failed; None where nothing is kept.
+
+        A file of safetensors with the names of the network's `state_dict`.
+        """
+        if self.path is None:
+            return None
+        path = self.path.with_suffix("").with_suffix(".best.safetensors")
+        try:
+            checkpoint.store_tensors(path, model.state_dict())
+        except OutputError:
+            # The error that is on its way says more.
+            return None
+        return path
 
     def forget(self) -> None:
         """Leaves nothing of the training in hand."""

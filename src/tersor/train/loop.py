@@ -71,7 +71,7 @@ def fit(
 
     Raises TaskError without batches, ModelError where training fails: a loss or a gradient that is
     not finite, a loss that explodes, gradients that are gone. The best state so far is back then,
-    as it is after whatever else stops the training.
+    as it is after whatever else stops the training; a log with a folder keeps it there too.
     """
     if not len(lessons):
         raise TaskError("there are no batches to train on; give the task train=(inputs, targets)")
@@ -82,9 +82,15 @@ def fit(
     try:
         run.start()
         run.train()
-    except ModelError:
-        # What was kept leads to the same failure.
+    except ModelError as error:
+        # What was kept of the training leads to the same failure; its best state does not.
         run.log.forget()
+        run.kept.restore()
+        path = run.log.rescue(model) if run.best_epoch else None
+        if path is not None:
+            error.args = (
+                f"{error}. The network as it was behind epoch {run.best_epoch} is in {path}",
+            )
         raise
     finally:
         run.kept.restore()
@@ -154,10 +160,20 @@ class Run:
                     self.batches += len(group)
                     if self._due():
                         self._store()
+                self._check_whole()
                 self.epoch += 1
                 self.batches, self.random = 0, None
                 self._judge()
                 self._store()
+
+    def _check_whole(self) -> None:
+        """Raises TaskError for fewer batches than regimes were told, who set their pace by it."""
+        if self.regimes and self.batches < len(self.lessons):
+            raise TaskError(
+                f"epoch {self.epoch + 1} had {self.batches} batches of {len(self.lessons)}: the "
+                "loader gives fewer than it says, and what happens over the whole training would "
+                "never end; correct its __len__"
+            )
 
     def _due(self) -> bool:
         """Whether to keep a checkpoint between two steps."""
@@ -217,6 +233,8 @@ class Run:
             regime.after(self.step)
         if self.average is not None:
             self.average.add()
+            if any(regime.leapt for regime in self.regimes):
+                self.average.restart()
         self.step += 1
         return total
 

@@ -135,7 +135,11 @@ def fingerprint(network: nn.Module, task: Task) -> str:
         _add(digest, name, tensor)
     path = getattr(network, "path", None)
     if not tensors and isinstance(path, Path):
-        digest.update(path.read_bytes())
+        # Weights may lie beside it, as those of large ONNX files and of OpenVINO's do.
+        for file in (path, path.with_name(f"{path.name}.data"), path.with_suffix(".bin")):
+            if file.exists():
+                with file.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[: 2 * _DIGEST]
 
 

@@ -40,6 +40,11 @@ class Regime:
         """Whether what the network is now may be the result."""
         return True
 
+    @property
+    def leapt(self) -> bool:
+        """Whether weights were just given other values, which no average with older ones fits."""
+        return False
+
     def due(self, due: bool) -> bool:
         """Whether to keep a checkpoint behind this step. due: what this process's clock says"""
         return due

@@ -73,6 +73,11 @@ class Average:
                 value.copy_(torch.where(changed, tensor.detach().to(value.dtype), value))
             put(self._tensors, live)
 
+    def restart(self) -> None:
+        """Forgets what was before now."""
+        self._steps = 0
+        put(self.values, self._tensors)
+
     def state(self) -> dict[str, object]:
         """As a checkpoint holds it."""
         return {"steps": self._steps, "values": self.values}

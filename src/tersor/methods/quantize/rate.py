@@ -13,7 +13,6 @@ steered so that as many are left in the end as were asked for.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 
 from tersor.forms.rounded import Rounded
 from tersor.methods import rates
-from tersor.methods.learning import learn, lessons_of
-from tersor.methods.masking import masked
+from tersor.methods.learning import learn
+from tersor.methods.masking import masked, schooling
 from tersor.methods.sparse import check_uncoded, released
 from tersor.recipe import Outcome, method
 from tersor.surgery.fold import absorb_statistics
@@ -33,6 +32,8 @@ from tersor.surgery.walk import Patterns, Site, vectors, walk
 from tersor.task import Task
 from tersor.train import Regime, TrainingLog
 
+_TEMPERATURE = 2.0
+"""Of the original's answers."""
 _FINE, _FINER = 4.0, 16.0
 """Steps in a standard deviation at the start, of weights and of vectors."""
 _COUNTS = 200
@@ -67,7 +68,8 @@ def rate(
     bits: mean bits per weight of two or more dimensions, as an adaptive coder will need them
     epochs: passes over the training data, or the calibration inputs where there is none
     rate: of the optimizer, the highest
-    labels: their share in the loss beside the answers, 0 to 1; None for half where there are any
+    labels: their share in the loss beside the answers, 0 to 1; None for half where there are any.
+        With 1 there is no teacher
     training: settings of the loop that differ from the usual, see `tersor.train.Training`
     generator: draws the order of the inputs
     include, exclude: patterns on names and types, see `walk`; others stay as they are
@@ -76,8 +78,7 @@ def rate(
     asked for were not reached, it has `asked`. Pruned weights stay zero. Raises OptionError for a
     weight that is quantized already, TaskError without inputs.
     """
-    original = copy.deepcopy(model) if original is None else original
-    lessons = lessons_of("quantize.rate", task, original, labels=labels, temperature=2.0)
+    lessons, teacher = schooling("quantize.rate", model, task, original, labels, _TEMPERATURE)
     sites = walk(model, include, exclude)
     check_uncoded(sites)
     absorb_statistics(model)
@@ -89,7 +90,7 @@ def rate(
             "quantize.rate",
             model,
             lessons,
-            original,
+            teacher,
             parameters=[parameter for form in forms for parameter in form.parameters()],
             epochs=epochs,
             rate=rate,

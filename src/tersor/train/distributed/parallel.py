@@ -8,7 +8,7 @@ Source: Li et al. 2020, arXiv:2006.15704, section 4, for buckets and hooks; Zhao
 arXiv:2304.11277, for sharding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,16 @@ from tersor.train.distributed.compressor import Compressor, Uncompressed
 from tersor.train.distributed.exchange import Group, in_processes, world
 from tersor.train.distributed.traffic import Traffic, plain_bytes
 
-TORCH_HOOKS: Mapping[str, str] = {
-    "allreduce": "ALLREDUCE",
-    "fp16": "FP16_COMPRESS",
-    "bf16": "BF16_COMPRESS",
-    "powersgd": "POWER_SGD",
-    "powersgd_rank2": "POWER_SGD_RANK2",
-    "batched_powersgd": "BATCHED_POWER_SGD",
+TORCH_HOOKS: Mapping[str, int] = {
+    "allreduce": 4,
+    "fp16_compress": 2,
+    "bf16_compress": 2,
+    "powerSGD": 4,
 }
-"""torch's communication hooks. Its PowerSGD averages plainly for the first 1,000 steps."""
+"""torch's communication hooks by the names of their functions, and bytes of a value they send.
+
+Its batched PowerSGD is not among them: in torch 2.13 it fails in its first step.
+"""
 
 
 @dataclass
@@ -85,13 +86,60 @@ def add_hook(
     return hook.traffic
 
 
-def add_torch_hook(parallel: DistributedDataParallel, name: str) -> None:
-    """Lets `parallel` use one of torch's own hooks, by its name in `TORCH_HOOKS`."""
-    from torch.distributed.algorithms.ddp_comm_hooks import DDPCommHookType, register_ddp_comm_hook
+@dataclass
+class _TorchHook:
+    """One of torch's hooks, and the bytes it hands over.
+
+    state: what torch calls the hook with: of PowerSGD its own, of the others the group
+    size: bytes of a value
+    """
+
+    function: Callable[[Any, Any], Any]
+    state: Any
+    size: int
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def take(self, bucket: Any) -> Any:
+        """A promise of the bucket's averaged gradients."""
+        buffer = bucket.buffer()
+        self.traffic.plain += plain_bytes([buffer])
+        state = self.state
+        if not hasattr(state, "start_powerSGD_iter") or state.iter < state.start_powerSGD_iter:
+            self.traffic.sent += self.size * buffer.numel()
+            return self.function(state, bucket)
+        before = state.total_numel_after_compression
+        promise = self.function(state, bucket)
+        self.traffic.sent += self.size * (state.total_numel_after_compression - before)
+        return promise
+
+
+def add_torch_hook(
+    parallel: DistributedDataParallel,
+    name: str,
+    *,
+    rank: int = 2,
+    start: int = 1000,
+    group: Group = None,
+) -> Traffic:
+    """Lets `parallel` use one of torch's own hooks. Returns what it will have sent.
+
+    name: in `TORCH_HOOKS`
+    rank, start: of PowerSGD: of its matrices, and steps before it that average plainly, at least 2
+    group: the one that `parallel` was made with
+    """
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
     if name not in TORCH_HOOKS:
         raise OptionError(f"name={name!r} is no hook of torch; the names are {list(TORCH_HOOKS)}")
-    register_ddp_comm_hook(DDPCommHookType[TORCH_HOOKS[name]], parallel, None)
+    state: Any = group
+    if name == "powerSGD":
+        state = powerSGD_hook.PowerSGDState(
+            group, matrix_approximation_rank=rank, start_powerSGD_iter=start
+        )
+    function = getattr(powerSGD_hook if name == "powerSGD" else default_hooks, f"{name}_hook")
+    hook = _TorchHook(function, state, TORCH_HOOKS[name])
+    parallel.register_comm_hook(hook, lambda taker, bucket: taker.take(bucket))
+    return hook.traffic
 
 
 def shard(model: nn.Module, *, compressor: Compressor | None = None) -> nn.Module:
