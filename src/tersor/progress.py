@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class Bar:
-    """Counts units of work on standard error; draws nothing where that is no terminal."""
+    """Counts units of work on standard error; draws nothing where that is no terminal.
+
+    Inside another one it is a row below that one's.
+    """
+
+    _open: ClassVar[list[Progress]] = []
 
     def __init__(
         self, doing: str, units: int | None = None, *, done: int = 0, shown: bool = True
     ) -> None:
         """Units are of all the work, None until `plan` tells; `shown=False` never draws."""
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (shown and console.is_terminal),
-            transient=True,
-        )
+        self._outer = self._open[-1] if self._open else None
+        self._progress = self._outer or _drawn(shown)
         self._task = self._progress.add_task(doing, total=units, completed=done, note="")
 
     def __enter__(self) -> Self:
         """Starts drawing."""
-        self._progress.start()
+        if self._outer is None:
+            self._open.append(self._progress)
+            self._progress.start()
         return self
 
     def __exit__(
@@ -42,7 +39,11 @@ class Bar:
         trace: TracebackType | None,
     ) -> None:
         """Stops drawing."""
-        self._progress.stop()
+        if self._outer is None:
+            self._open.remove(self._progress)
+            self._progress.stop()
+        else:
+            self._progress.remove_task(self._task)
 
     def plan(self, units: int) -> None:
         """States how many units there are."""
@@ -55,3 +56,18 @@ class Bar:
     def advance(self, units: int = 1, note: str = "") -> None:
         """Units that are done. note: stands behind them"""
         self._progress.update(self._task, advance=units, note=note and f"  {note}")
+
+
+def _drawn(shown: bool) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (shown and console.is_terminal),
+        transient=True,
+    )

@@ -7,6 +7,7 @@ folder again resumes. A folder with a finished file belongs to its job, and anot
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,6 +45,14 @@ class RunFolder:
     def trial(self, name: str) -> Path:
         """A file that was tried; removed when the run is finished."""
         return self.path / f"trial-{name}.tersor"
+
+    def training(self, name: str) -> Path:
+        """Where trainings of a recipe keep themselves; removed when the run has its file."""
+        return self.path / "training" / name
+
+    def forget_trainings(self) -> None:
+        """Behind a run that has come to its end, met or not."""
+        shutil.rmtree(self.path / "training", ignore_errors=True)
 
     def tidy(self) -> None:
         """Removes trials, and what a killed run may have left half-written."""

@@ -26,6 +26,7 @@ from tersor.program import Program, program_of
 from tersor.program.inputs import Arguments
 from tersor.program.of_model import call_arguments
 from tersor.progress import Bar
+from tersor.train import TrainingLog
 from tersor.version import VERSION
 
 TRIALS = 60
@@ -53,6 +54,7 @@ class Bench:
 
     known: what was found out about the model before, for recipes that would find it out again
     points: all that were tried
+    log: of the recipe that was applied last
     """
 
     study: Study
@@ -65,6 +67,7 @@ class Bench:
     program: Any = None
     traceable: bool = True
     points: list[Point] = field(default_factory=list)
+    log: TrainingLog | None = None
     _applied: tuple[Rows, nn.Module] | None = None
 
     def attempt(self, plan: Plan) -> Point:
@@ -106,8 +109,7 @@ class Bench:
 
     def _trial(self, recipe: Rows) -> Path:
         """The file of a recipe that is being tried, written again if a killed run lost it."""
-        text = json.dumps(self._trial_key(recipe), sort_keys=True)
-        path = self.folder.trial(hashlib.sha256(text.encode()).hexdigest()[:12])
+        path = self.folder.trial(_digest(self._trial_key(recipe)))
         if path.exists():
             return path
         self.bar.doing("writing a trial file")
@@ -127,7 +129,10 @@ class Bench:
         """The model after the recipe, in memory; the last one is kept, for it is often the best."""
         if self._applied is None or self._applied[0] != recipe:
             model, task = self.study.model, self.study.task
-            done = run(model, recipe, task, known=self.known) if recipe else deepcopy(model)
+            # A row in the bar of the run says how far a training is.
+            self.log = TrainingLog(self.folder.training(_digest(recipe)))
+            known, log = self.known, self.log
+            done = run(model, recipe, task, known=known, log=log) if recipe else deepcopy(model)
             self._applied = recipe, done
         return self._applied[1]
 
@@ -196,3 +201,8 @@ class Bench:
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in metrics.items()}
+
+
+def _digest(value: Any) -> str:
+    """Twelve digits, the same in every run."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
