@@ -279,3 +279,27 @@ def test_a_compiled_network_is_told_apart():
     model = torch.compile(nn.Linear(2, 2))
     with pytest.raises(OptionError, match="_orig_mod"):
         run(model, [{"method": "quantize.rtn"}])
+
+
+def test_a_step_that_learned_from_another_network_is_not_replayed_without_it():
+    inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    task = classification(calibration=inputs[:48], holdout=inputs[48:])
+    torch.manual_seed(1)
+    student, teacher, other = (nn.Sequential(nn.Linear(16, 4)) for _ in range(3))
+    recipe = [
+        {"method": "distill.logits", "options": {"epochs": 2, "rate": 0.01}},
+        {"method": "quantize.rtn", "options": {}},
+    ]
+    done = run(student, recipe, task, original=teacher)
+    noted = Recipe.from_json(json.loads(json.dumps(done.recipe.as_json())))
+    assert "original" not in noted.steps[1].outcome
+    for missing in (None, other):
+        with pytest.raises(
+            OptionError, match=r"distill\.logits was done with original=Sequential "
+        ):
+            replay(student, noted, task, original=missing)
+    twin = replay(student, noted, task, original=teacher)
+    assert torch.equal(twin[0].weight, done[0].weight)
+    assert twin.recipe == done.recipe
+    plain = run(student, recipe[1:])
+    assert replay(student, plain.recipe, original=teacher).recipe == plain.recipe

@@ -21,6 +21,7 @@ from tersor.surgery.structure import structure_of
 from tersor.surgery.walk import check_finite
 from tersor.task import Task
 from tersor.train import Training, TrainingLog
+from tersor.train.memory import hash_of
 
 Steps = Recipe | Sequence[Step | dict[str, Any]]
 
@@ -54,6 +55,7 @@ def run(
     _check_plain(model)
     check_finite(model)
     out, start = copy.deepcopy(model), model if original is None else original
+    mark = "" if original is None else _mark(original)
     layers: nn.Module | None = None
     for number, step in enumerate(steps, 1):
         function = TABLE[step.method]
@@ -77,6 +79,8 @@ def run(
         except Exception as error:
             error.add_note(f"in {where}")
             raise
+        if original is not None and "original" in asked:
+            recipe_of(out).steps[-1].outcome["original"] = mark
     return out
 
 
@@ -103,12 +107,35 @@ def _check_plain(model: nn.Module) -> None:
         )
 
 
-def replay(model: nn.Module, recipe: Steps | str | Path, task: Task | None = None) -> nn.Module:
+def replay(
+    model: nn.Module,
+    recipe: Steps | str | Path,
+    task: Task | None = None,
+    *,
+    original: nn.Module | None = None,
+) -> nn.Module:
     """Does to `model` again what a recipe says: the same model and task give the same bits.
 
     recipe: the recipe, or a file that `read_recipe` reads
+    original: the other network that its steps learned from or stayed close to, if there was one
+
+    Raises OptionError, beside what `run` raises, where that network is missing or is another one.
     """
-    return run(model, read_recipe(recipe) if isinstance(recipe, str | Path) else recipe, task)
+    steps = _steps(read_recipe(recipe) if isinstance(recipe, str | Path) else recipe)
+    found = None if original is None else _mark(original)
+    for number, step in enumerate(steps, 1):
+        asks = step.method in TABLE and "original" in signature(TABLE[step.method]).parameters
+        wanted = step.outcome.get("original")
+        if asks and wanted != found:
+            raise OptionError(
+                f"{_where(number, steps)} was done with original={wanted or 'the network itself'}, "
+                f"not with {found or 'the network itself'}; pass the same one"
+            )
+    return run(model, steps, task, original=original)
+
+
+def _mark(original: nn.Module) -> str:
+    return f"{type(original).__name__} {hash_of(original)[:12]}"
 
 
 def read_recipe(path: str | Path) -> Recipe:

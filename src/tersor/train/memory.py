@@ -128,8 +128,14 @@ class Memory:
 
 
 def fingerprint(network: nn.Module, task: Task) -> str:
-    """Of a network's weights, or of the file that it runs, and of a task."""
-    digest = hashlib.sha256(f"{type(network).__qualname__} {task.fingerprint()}".encode())
+    """Of a network, and of a task."""
+    digest = hashlib.sha256(f"{hash_of(network)} {task.fingerprint()}".encode())
+    return digest.hexdigest()[: 2 * _DIGEST]
+
+
+def hash_of(network: nn.Module) -> str:
+    """Of a network's weights, or of the file that it runs."""
+    digest = hashlib.sha256(type(network).__qualname__.encode())
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     for name, tensor in tensors.items():
         _add(digest, name, tensor)
