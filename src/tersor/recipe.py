@@ -110,6 +110,9 @@ def method(
         if "generator" in used:
             used["generator"] = _seed(used["generator"])
             kwargs["generator"] = torch.Generator().manual_seed(used["generator"])
+        if (log := kwargs.get("log")) is not None:
+            # What tells this training from others, in a loss that no checkpoint can look into.
+            log.about = repr(used)  # type: ignore[attr-defined]
         check_finite(model)
         steps = list(recipe_of(model).steps)
         done = function(model, *args, **kwargs)

@@ -1,5 +1,6 @@
 """A training that is stopped goes on as if it had not been."""
 
+import copy
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ from torch import nn
 
 from tersor.errors import ModelError, OptionError, OutputError
 from tersor.methods import run
+from tersor.methods.distill.decoupled import decoupled
 from tersor.task import classification
 from tersor.train import Labels, TrainingLog, fit
 from tersor.train.checkpoint import read, store
@@ -228,3 +230,23 @@ def test_answers_that_cannot_be_kept_are_asked_for_again(tmp_path):
     steps = [{"method": "distill.logits", "options": {"epochs": 1}}]
     done = run(nn.Linear(2, 3), steps, task, original=nn.Linear(2, 3), log=TrainingLog(tmp_path))
     assert done.recipe.steps
+
+
+def test_other_labels_and_other_options_are_another_training(tmp_path):
+    x, y = blobs()
+    student, teacher = net(), net()
+    teacher[4].weight.data.mul_(3)
+
+    def taught(labels, **options) -> nn.Module:
+        data = classification(train=(x, labels), holdout=x, batch_size=16)
+        log = TrainingLog(tmp_path)
+        model = copy.deepcopy(student)
+        return decoupled(model, data, original=teacher, epochs=1, log=log, **options)
+
+    first = taught(y)
+    assert torch.equal(taught(y)[0].weight, first[0].weight)
+    corrected = y.clone()
+    corrected[-1] = (y[-1] + 1) % 3
+    for labels, options in ((corrected, {}), (y, {"beta": 3.0})):
+        with pytest.raises(OptionError, match="holds another training"):
+            taught(labels, **options)

@@ -69,7 +69,7 @@ def run(
         if "known" in asked and number == 1:
             options["known"] = known
         if "log" in asked and log is not None:
-            log.name, log.about = f"{number}-{step.method}", repr(step.options)
+            log.name = f"{number}-{step.method}"
             options["log"] = log
         try:
             out = function(out, task, **options)

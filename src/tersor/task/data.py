@@ -109,6 +109,16 @@ def given(*sources: Any) -> dict[str, Any]:
     return {name: source for name, source in named if source is not None}
 
 
+def spread(rows: Rows, numbers: int) -> Iterator[Batch]:
+    """Batches of samples from first to last, so many that their inputs hold about `numbers`."""
+    if not rows.count:
+        return
+    inputs, _ = rows.gather(torch.zeros(1, dtype=torch.long))
+    size = max(1, sum(tensor.numel() for tensor in tensors_of(inputs).values()))
+    count = max(1, min(rows.count, numbers // size))
+    yield from rows.take(torch.arange(count) * rows.count // count).batches()
+
+
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
     """The tensors of a batch by name; a lone tensor's name is "", a tuple's are "0", "1", ..."""
     if isinstance(inputs, dict):

@@ -13,10 +13,13 @@ from torch.nn import functional
 
 from tersor.errors import OptionError, TaskError
 from tersor.task import kinds
-from tersor.task.data import Inputs, Rows, Split, head, rows_in, tensors_of
+from tersor.task.data import Inputs, Rows, Split, head, rows_in, spread, tensors_of
 from tersor.task.kinds import Kind, Pooling
 from tersor.task.metrics import Metric, decisions, same_shape
 from tersor.task.splits import CALIBRATION, completed
+
+_MOST_HASHED = 2**26
+"""Numbers of training inputs in a fingerprint, about: those of 85,000 small pictures."""
 
 
 class Task:
@@ -196,7 +199,11 @@ class Task:
         return total / rows if rows else None
 
     def fingerprint(self) -> str:
-        """sha256 of the unlabelled inputs, the test data and the settings: a key for caches."""
+        """sha256 of settings and samples: a key for caches.
+
+        Training samples are spread evenly where they are many; of a loader, which may draw them,
+        none are read.
+        """
         if self._fingerprint is None:
             digest = hashlib.sha256()
             settings = [self.kind, list(self.metrics), self.classes, self._pooling]
@@ -205,6 +212,12 @@ class Task:
                 digest.update(name.encode())
                 for inputs in self._unlabelled(name, None):
                     _hash(digest, inputs)
+            for name in ("train", "holdout"):
+                split = self._splits.get(name)
+                rows = spread(split, _MOST_HASHED) if isinstance(split, Rows) else ()
+                for inputs, targets in rows:
+                    _hash(digest, inputs)
+                    _hash(digest, torch.empty(0) if targets is None else targets)
             if self.has_test:
                 for inputs, targets in self.test():
                     _hash(digest, inputs)

@@ -68,7 +68,8 @@ class TrainingLog:
     folder: where checkpoints go; the same recipe with the same folder goes on where it was killed.
         None keeps none
     minutes: between two checkpoints inside an epoch; there is one behind each epoch
-    name, about: of the training in hand, and what else tells it from others: set by `run`
+    name, about: of the training in hand, set by `run`, and what else tells it from others, set by
+        the technique
     show: draw a progress bar with the time that remains, if standard error is a terminal
     """
 
