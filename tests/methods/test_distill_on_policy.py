@@ -205,3 +205,10 @@ def test_where_it_stops_makes_no_difference(step, task, tmp_path, monkeypatch):
     assert outcome(found) == outcome(expected)
     for a, b in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_several_workers_are_refused(task):
+    lessons = Spoken(counting(), task, student=chain(), share=1.0, length=None)
+    lessons.part = (0, 2)
+    with pytest.raises(OptionError, match=r"leave together= out of the log"):
+        lessons.epoch(torch.Generator())

@@ -19,7 +19,7 @@ from tersor.train.distributed import (
     simulate,
     simulate_local,
 )
-from tersor.train.distributed.portion import part_of
+from tersor.train.lessons import part_of
 
 FLAT = Training(schedule="constant", warmup=0.0, clip=1e9)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from tersor.train import (
     TrainingLog,
     fit,
 )
+from tersor.train.distributed import Portion, agreed, world
 from tersor.train.lessons import check_alike
 
 Loss = Callable[[Tensor, Lesson], Tensor]
@@ -50,6 +51,7 @@ def learn(
     regimes: Sequence[Regime] = (),
     log: TrainingLog | None = None,
     batch_norms: bool = True,
+    shown: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Outcome:
     """Trains these parameters in place; the best state is left. Returns what to report.
 
@@ -60,15 +62,23 @@ def learn(
         them as torch's optimizers take, with an "lr" each
     loss: by default that of the lessons
     batch_norms: whether those follow the batches that are trained, or have nothing to train
+    shown: entered around each run of the network, where what is trained is to be put into it
     """
     every = list(_flat(parameters))
     chosen = {id(parameter) for parameter in every}
     task, settings = lessons.task, Training.of(training)
     loss = loss or lessons.loss
-    judge, unit = _judge(name, model, task, original)
+    judge, unit = _judge(name, model, task, original, shown)
+    joined = log.together() if log is not None and log.together is not None else None
+    if joined is not None:
+        lessons, judge = _divided(lessons, judge)
+        own = {id(parameter) for parameter in model.parameters()}
+        joined.beside = [parameter for parameter in every if id(parameter) not in own]
+        # First, so that other regimes see gradients of all.
+        regimes = [joined, *regimes]
 
     def value(lesson: Lesson) -> Tensor:
-        with _modes(model, chosen, batch_norms), torch.enable_grad():
+        with _modes(model, chosen, batch_norms), torch.enable_grad(), shown():
             return loss(task.predict(model, lesson.inputs), lesson)
 
     with differentiable(every), nullcontext() if original is None else decoded(original):
@@ -84,11 +94,23 @@ def learn(
             regimes=regimes,
             log=log,
         )
-    for parameter in every:
+    for parameter in (*every, *model.parameters()):
         parameter.grad = None
     if log is not None:
         log.curves[name if log.name == "training" else log.name] = fitted.curve
-    return _outcome(fitted, unit, sum(p.numel() for p in every))
+    sent = {} if joined is None else {"bytes_sent": joined.traffic.sent}
+    return _outcome(fitted, unit, sum(p.numel() for p in every)) | sent
+
+
+def _divided(
+    lessons: Lessons, judge: Callable[[], float] | None
+) -> tuple[Lessons, Callable[[], float] | None]:
+    """This process's rows of each batch, and a judge that all processes agree with."""
+    if isinstance(lessons, Teacher):
+        lessons.part = world()
+    else:
+        lessons = Portion(lessons, *world())
+    return lessons, None if judge is None else agreed(judge)
 
 
 def _flat(parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> Iterator[nn.Parameter]:
@@ -175,7 +197,11 @@ def trainable(
 
 
 def _judge(
-    name: str, model: nn.Module, task: Task, original: nn.Module | None
+    name: str,
+    model: nn.Module,
+    task: Task,
+    original: nn.Module | None,
+    shown: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Callable[[], float] | None, str]:
     """What says how good a state is, if anything does, and the unit it says it in."""
     if original is not None:
@@ -188,17 +214,22 @@ def _judge(
         wanted = reference_outputs(original, task, held_out)
         with evaluating(model):
             check_alike(wanted[0], task.predict(model, held_out[0]))
-        return lambda: divergence_of(model, task, held_out, wanted), "divergence"
-    if task.validate(model) is not None:
-        return lambda: _loss(model, task), "loss"
-    return None, ""
 
+        def apart() -> float:
+            with torch.no_grad(), shown():
+                return divergence_of(model, task, held_out, wanted)
 
-def _loss(model: nn.Module, task: Task) -> float:
-    with decoded(model):
-        found = task.validate(model)
-    assert found is not None
-    return found
+        return apart, "divergence"
+    if task.validate(model) is None:
+        return None, ""
+
+    def loss() -> float:
+        with shown(), decoded(model):
+            found = task.validate(model)
+        assert found is not None
+        return found
+
+    return loss, "loss"
 
 
 def _outcome(fitted: Fitted, unit: str, trained: int) -> Outcome:

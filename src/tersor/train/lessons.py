@@ -7,6 +7,7 @@ Sun et al. 2024, arXiv:2403.01427, algorithm 1, for logits that are standardized
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tersor.errors import ModelError, TaskError
 from tersor.surgery.hold import decoded
 from tersor.task import Inputs, Task, evaluation_mode
-from tersor.task.data import pieces
+from tersor.task.data import between, pieces, rows_in
 from tersor.train.memory import Memory
 
 T = TypeVar("T")
@@ -122,6 +123,7 @@ class Teacher:
     watch: entered around each run of `original`; what it gives goes with the lesson as `inside`
     folder: where answers are kept, so that no row of inputs is asked about twice, see `Memory`;
         nothing is watched then
+    part: (rank, workers), of a worker that is asked about its own rows of each batch
     """
 
     original: nn.Module
@@ -131,6 +133,7 @@ class Teacher:
     labels: float = 0.0
     watch: Callable[[], AbstractContextManager[Any]] = nullcontext
     folder: Path | None = None
+    part: tuple[int, int] = (0, 1)
     _count: int = field(default=0, init=False)
     _memory: Memory | None = field(default=None, init=False)
 
@@ -188,9 +191,32 @@ class Teacher:
         return sum(1 for _ in self._batches(torch.Generator()))
 
     def _batches(self, generator: torch.Generator) -> Iterator[Lesson]:
+        whole: Iterator[Lesson]
         if self.task.has_train:
-            return itertools.starmap(Lesson, self.task.train(generator))
-        return map(Lesson, shuffled(self.task.calibration(), generator))
+            whole = itertools.starmap(Lesson, self.task.train(generator))
+        else:
+            whole = map(Lesson, shuffled(self.task.calibration(), generator))
+        return (part_of(lesson, *self.part) for lesson in whole)
+
+
+def part_of(lesson: Lesson, rank: int, workers: int) -> Lesson:
+    """The rows of worker `rank`."""
+    rows = [len(rest) for rest in (lesson.targets, lesson.answer) if rest is not None]
+    # A sample may be two rows of inputs (pairs), or many rows of answers (tokens).
+    samples = math.gcd(rows_in(lesson.inputs), *rows)
+    if samples < workers:
+        return lesson
+    start, stop = samples * rank // workers, samples * (rank + 1) // workers
+
+    def own(rest: Tensor | None) -> Tensor | None:
+        if rest is None:
+            return None
+        each = len(rest) // samples
+        return rest[start * each : stop * each]
+
+    each = rows_in(lesson.inputs) // samples
+    inputs = between(lesson.inputs, start * each, stop * each)
+    return Lesson(inputs, own(lesson.targets), own(lesson.answer), lesson.inside)
 
 
 def check_alike(wanted: Tensor, outputs: Tensor) -> None:

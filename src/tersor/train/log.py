@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from tersor.errors import OutputError
 from tersor.progress import Bar
 from tersor.train import checkpoint
+
+if TYPE_CHECKING:
+    from tersor.train.distributed.together import Together
 
 _POINTS = 400
 """Of a curve, at most; then two by two become one."""
@@ -71,10 +75,18 @@ class TrainingLog:
     name, about: of the training in hand, set by `run`, and what else tells it from others, set by
         the technique
     show: draw a progress bar with the time that remains, if standard error is a terminal
+    together: makes what joins this process with others in each training, as `Averaging`: every one
+        learns from its rows of each batch, and all end with the same weights. Each has to run the
+        same recipe, with a folder of its own
     """
 
     def __init__(
-        self, folder: str | Path | None = None, *, minutes: float = 5.0, show: bool = True
+        self,
+        folder: str | Path | None = None,
+        *,
+        minutes: float = 5.0,
+        show: bool = True,
+        together: Callable[[], Together] | None = None,
     ) -> None:
         self.curves: dict[str, Curve] = {}
         self.name = "training"
@@ -82,6 +94,7 @@ class TrainingLog:
         self._folder = None if folder is None else Path(folder)
         self._seconds = 60 * minutes
         self._show = show
+        self.together = together
         self._written = time.monotonic()
 
     @property

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tersor.errors import TaskError
+from tersor.errors import OptionError, TaskError
 from tersor.measure import evaluating
 from tersor.methods.asked import original_of
 from tersor.methods.learning import learn, trainable
@@ -107,7 +107,16 @@ class Spoken(Teacher):
     length: int | None = field(kw_only=True)
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
-        """Every batch once, in another order each time, and the answers to it."""
+        """Every batch once, in another order each time, and the answers to it.
+
+        Raises OptionError for one of several workers: what a student writes takes random numbers,
+        and other ones on each of them.
+        """
+        if self.part[1] > 1:
+            raise OptionError(
+                "distill.on_policy draws texts on each process, which then no longer see the same "
+                "batches; leave together= out of the log"
+            )
         drawn = (self._drawn(lesson, generator) for lesson in self._batches(generator))
         return (self._judged(lesson, written) for lesson, written in behind(drawn, skip))
 

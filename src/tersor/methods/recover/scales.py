@@ -14,25 +14,24 @@ may be trained along. What is trained is rounded as it will be stored.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.errors import OptionError
 from tersor.forms import Form, Trellis
-from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.running import unfused
 from tersor.methods.asked import held_out_of, original_of
-from tersor.methods.learning import lessons_of
+from tersor.methods.learning import learn, lessons_of
 from tersor.methods.tuning import Trained, Tuned, TunedNumbers, shown
 from tersor.recipe import Outcome, method
 from tersor.surgery.hold import held
 from tersor.surgery.walk import vectors as vectors_of
 from tersor.task import Task
-from tersor.task.kinds import evaluation_mode
-from tersor.train import Lesson, Lessons, TrainingLog, answers, fit
+from tersor.train import Lessons, TrainingLog, answers
 
 
 @method
@@ -56,7 +55,7 @@ def scales(
     rate: the highest, of Adam; a scale changes by about this share in a step
     on: "calibration" inputs, whose answers by the original are the target; or the "train" data,
         whose labels count half
-    samples: calibration inputs to use, at most; what is kept is judged on as many held-out ones
+    samples: calibration inputs to use, at most; what is kept is judged on held-out ones
     vectors: whether biases, and scales and shifts of norms, are trained too; those that are
         numbers on a grid are rounded to it
     generator: draws the order of the inputs
@@ -65,42 +64,29 @@ def scales(
     anything changed, with the divergence before and after. Raises OptionError for a network without
     such parts, TaskError without data, ModelError where training does not stay finite.
     """
-    task, held_out = held_out_of("recover.scales", task, samples)
+    task, _ = held_out_of("recover.scales", task)
     original = original_of("recover.scales", original)
     tuned = _tuned(model, vectors=vectors)
     lessons: Lessons = answers(original, task, task.calibration(samples))
     if on == "train":
         lessons = lessons_of("recover.scales", task, original, labels=0.5)
-    wanted = reference_outputs(original, task, held_out)
-
-    def loss(lesson: Lesson) -> Tensor:
-        with shown(tuned):
-            return lessons.loss(task.predict(model, lesson.inputs), lesson)
-
-    def judge() -> float:
-        with torch.no_grad(), shown(tuned):
-            return divergence_of(model, task, held_out, wanted)
-
-    optimizer = torch.optim.Adam([each.change for each in tuned], lr=rate)
-    with evaluation_mode(model), unfused():
-        fitted = fit(
+    with unfused():
+        outcome = learn(
+            "recover.scales",
             model,
-            optimizer,
             lessons,
-            loss,
+            original,
+            parameters=[each.change for each in tuned],
             epochs=epochs,
-            judge=judge,
-            generator=generator or torch.Generator().manual_seed(0),
+            rate=rate,
+            generator=generator,
             log=log,
+            batch_norms=False,
+            shown=partial(shown, tuned),
         )
     for each in tuned:
         each.store()
-    return model, {
-        "kept": fitted.epoch > 0,
-        "divergence_before": fitted.before,
-        "divergence_after": fitted.after,
-        "trained": sum(each.change.numel() for each in tuned),
-    }
+    return model, outcome
 
 
 def _tuned(model: nn.Module, *, vectors: bool) -> list[Trained]:

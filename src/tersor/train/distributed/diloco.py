@@ -30,7 +30,7 @@ from tersor.train.distributed.together import (
     begin_alike,
     trained_of,
 )
-from tersor.train.distributed.traffic import Traffic, plain_bytes
+from tersor.train.distributed.traffic import plain_bytes
 from tersor.train.states import put
 
 
@@ -113,7 +113,6 @@ class LocalUpdates(Together):
 
     def __init__(self, settings: DiLoCo | None = None, *, group: Group = None) -> None:
         super().__init__(group)
-        self.traffic = Traffic()
         self._settings = settings or DiLoCo()
         self._compressor = self._settings.own_compressor()
         self._alone = 0
@@ -121,7 +120,7 @@ class LocalUpdates(Together):
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
         self._model, self._steps = model, steps
-        self._trained = trained_of(model)
+        self._trained = [*trained_of(model), *self.beside]
         begin_alike(model, self._group)
         self._outer = Outer(self._trained, self._settings)
 

@@ -6,7 +6,6 @@ fewer samples than workers goes to each of them whole.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from tersor.errors import OptionError
 from tersor.task import Task
-from tersor.task.data import between, rows_in
-from tersor.train.lessons import Lesson, Lessons
+from tersor.train.lessons import Lesson, Lessons, part_of
 
 
 @dataclass(frozen=True)
@@ -55,23 +53,3 @@ class Portion:
     def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
         """As of the lessons that are split."""
         return self.lessons.loss(outputs, lesson)
-
-
-def part_of(lesson: Lesson, rank: int, workers: int) -> Lesson:
-    """The rows of worker `rank`."""
-    rows = [len(rest) for rest in (lesson.targets, lesson.answer) if rest is not None]
-    # A sample may be two rows of inputs (pairs), or many rows of answers (tokens).
-    samples = math.gcd(rows_in(lesson.inputs), *rows)
-    if samples < workers:
-        return lesson
-    start, stop = samples * rank // workers, samples * (rank + 1) // workers
-
-    def own(rest: Tensor | None) -> Tensor | None:
-        if rest is None:
-            return None
-        each = len(rest) // samples
-        return rest[start * each : stop * each]
-
-    each = rows_in(lesson.inputs) // samples
-    inputs = between(lesson.inputs, start * each, stop * each)
-    return Lesson(inputs, own(lesson.targets), own(lesson.answer), lesson.inside)

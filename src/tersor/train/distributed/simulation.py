@@ -19,10 +19,9 @@ from tersor.task.data import check_count
 from tersor.train.distributed.compressor import Compressor
 from tersor.train.distributed.diloco import DiLoCo, Outer
 from tersor.train.distributed.exchange import in_one_process
-from tersor.train.distributed.portion import part_of
 from tersor.train.distributed.together import trained_of
 from tersor.train.distributed.traffic import Traffic, plain_bytes
-from tersor.train.lessons import Lesson, Lessons
+from tersor.train.lessons import Lesson, Lessons, part_of
 from tersor.train.states import Snapshot, put, statistics
 from tersor.train.training import Training
 

@@ -33,11 +33,15 @@ class Together(Regime):
     too, and all go on from the last that they have in common.
 
     group: of processes; None means all
+    traffic: what this one has sent
+    beside: parameters that are trained too and are none of the network's, alike on all processes
     """
 
     alone = False
 
     def __init__(self, group: Group = None) -> None:
+        self.traffic = Traffic()
+        self.beside: Sequence[nn.Parameter] = ()
         self._group = group
         self._calls = 0
 
@@ -79,12 +83,11 @@ class Averaging(Together):
 
     def __init__(self, compressor: Compressor, *, group: Group = None) -> None:
         super().__init__(group)
-        self.traffic = Traffic()
         self._compressor = compressor
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
-        self._model, self._trained = model, trained_of(model)
+        self._model, self._trained = model, [*trained_of(model), *self.beside]
         begin_alike(model, self._group)
 
     def gradients(self, step: int) -> None:

@@ -1,0 +1,123 @@
+"""Recipes that processes run as one: each has its rows, and all end with the same weights.
+
+This file is also the program of those processes: `python THIS rank folder`.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+
+from tersor.methods import run
+from tersor.surgery import walk
+from tersor.task import Task, classification
+from tersor.train import TrainingLog
+from tersor.train.distributed import Averaging, LocalUpdates, TopK, Uncompressed, world
+
+WORKERS = 2
+RECIPES = {
+    "distilled": [
+        {"method": "prune.magnitude", "options": {"sparsity": 0.6}},
+        {"method": "distill.logits", "options": {"epochs": 2, "rate": 0.01}},
+    ],
+    "gradual": [{"method": "prune.gradual", "options": {"sparsity": 0.5, "epochs": 2}}],
+    "l0": [{"method": "prune.l0", "options": {"sparsity": 0.5, "epochs": 2}}],
+    "lsq": [{"method": "quantize.lsq", "options": {"epochs": 2, "noise": 0.5}}],
+    "scales": [
+        {"method": "quantize.rtn", "options": {"bits": 3}},
+        {"method": "recover.scales", "options": {"epochs": 2, "on": "train"}},
+    ],
+    "features": [
+        {"method": "cut.channels", "options": {"keep": 0.6}},
+        {"method": "distill.features", "options": {"epochs": 2, "pairs": {"0": "0"}}},
+    ],
+}
+
+
+def blobs(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three clouds in the plane."""
+    labels = torch.arange(n) % 3
+    centres = torch.tensor([[2.0, 0.0], [-1.0, 2.0], [-1.0, -2.0]])
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+    return centres[labels] + noise, labels
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
+
+
+def task() -> Task:
+    x, y = blobs(128)
+    return classification(train=(x, y), holdout=blobs(32, seed=1)[0], batch_size=32)
+
+
+def done(name: str, log: TrainingLog | None = None) -> nn.Module:
+    return run(net(), RECIPES[name], task(), log=log)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {site.name: site.weight.detach() for site in walk(model)}
+
+
+def main(rank: int, folder: Path) -> None:
+    """All recipes, with results in the folder."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORKERS
+    )
+    assert world() == (rank, WORKERS)
+    plain = {"plain": lambda: Averaging(Uncompressed())}
+    ways = {"top": lambda: Averaging(TopK(0.1)), "local": LocalUpdates}
+    found = {}
+    for name in RECIPES:
+        for way, together in (plain if name != "distilled" else plain | ways).items():
+            log = TrainingLog(folder / way / name / str(rank), show=False, together=together)
+            model = done(name, log)
+            found[name, way] = state(model), model.recipe.steps[-1].outcome
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """Results of both processes, by recipe."""
+    folder = tmp_path_factory.mktemp("recipes")
+    command = [sys.executable, __file__]
+    running = [
+        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
+        for rank in range(WORKERS)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * WORKERS, "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORKERS)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_do_what_one_does(ends, name):
+    first, second = (end[name, "plain"] for end in ends)
+    alone = done(name)
+    for key, weight in state(alone).items():
+        assert torch.equal(first[0][key], second[0][key]), key
+        assert torch.allclose(first[0][key], weight, atol=1e-3), key
+    assert first[1] == second[1]
+    assert first[1]["bytes_sent"] > 0
+    assert "bytes_sent" not in alone.recipe.steps[-1].outcome
+
+
+@pytest.mark.parametrize("way", ["top", "local"])
+def test_with_compressed_gradients_and_local_steps_they_end_alike_too(ends, way):
+    first, second = (end["distilled", way] for end in ends)
+    assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
+    assert first[1]["bytes_sent"] < 0.5 * ends[0]["distilled", "plain"][1]["bytes_sent"]
+    assert first[1]["divergence_after"] < first[1]["divergence_before"]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
