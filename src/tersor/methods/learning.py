@@ -30,6 +30,7 @@ from tersor.train import (
     fit,
 )
 from tersor.train.distributed import Portion, agreed, world
+from tersor.train.health import Alive
 from tersor.train.lessons import check_alike
 
 Loss = Callable[[Tensor, Lesson], Tensor]
@@ -77,9 +78,15 @@ def learn(
         # First, so that other regimes see gradients of all.
         regimes = [joined, *regimes]
 
+    alive = Alive()
+
     def value(lesson: Lesson) -> Tensor:
         with _modes(model, chosen, batch_norms), torch.enable_grad(), shown():
-            return loss(task.predict(model, lesson.inputs), lesson)
+            outputs = task.predict(model, lesson.inputs)
+            alive.check(
+                outputs.detach(), lesson.targets if lesson.answer is None else lesson.answer
+            )
+            return loss(outputs, lesson)
 
     with differentiable(every), nullcontext() if original is None else decoded(original):
         fitted = fit(

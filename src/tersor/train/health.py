@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tersor.errors import ModelError
+from tersor.train.regime import Regime
 
 _FIRST = 10
 """Steps whose losses say what is usual."""
@@ -16,9 +19,80 @@ _EXPLODED = 1e4
 _NOTHING = 1e-7
 _DEAD = 20
 """Steps without any gradient, in a row."""
+_LOOKS = 10
+"""Steps from one look at what is bounded to the next."""
 _SMALLEST_SCALE = 2.0**-14
 """Of a loss in float16; gradients that overflow even so are no matter of scale."""
 _BACK = "the network is as it was at its best before"
+
+
+class Bounded(Regime):
+    """Stops a training in which a number that says how large others are has run away.
+
+    numbers: tensors of them by the names that an error gives them
+
+    Raises ModelError in `after` for one that is not finite, or 10,000 times as large as at first.
+    """
+
+    def __init__(self, numbers: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Looks at all of them every ten steps."""
+        self._numbers = numbers
+
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """Notes how large they are; where a training is resumed, as it began."""
+        self._steps = steps
+        self._first = {name: _largest(number()) for name, number in self._numbers.items()}
+
+    def after(self, step: int) -> None:
+        """Looks at them now and then."""
+        if (step + 1) % _LOOKS and step + 1 != self._steps:
+            return
+        for name, number in self._numbers.items():
+            size, first = _largest(number()), self._first[name]
+            if not math.isfinite(size) or size > _EXPLODED * max(first, _NOTHING):
+                raise ModelError(
+                    f"training stopped in step {step + 1} of {self._steps}: {name} is {size:.3g} "
+                    f"and began at {first:.3g}; {_BACK}. Use a longer warm-up or a smaller clip "
+                    "(training={'warmup': 0.2, 'clip': 0.1}), or more bits"
+                )
+
+    def state(self) -> dict[str, Any]:
+        """Sizes at the start."""
+        return {"first": self._first}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self._first = state["first"]
+
+
+@torch.no_grad()
+def _largest(number: Tensor) -> float:
+    return float(number.abs().max())
+
+
+class Alive:
+    """Counts batches to all rows of which a network gives the same answer, though it should not."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def check(self, outputs: Tensor, wanted: Tensor | None) -> None:
+        """Raises ModelError for the twentieth in a row.
+
+        outputs: (rows, ...); wanted: (rows, ...) labels or answers, None where they are not known
+        """
+        alike = _alike(outputs) and not (wanted is None or _alike(wanted))
+        self._in_a_row = self._in_a_row + 1 if alike else 0
+        if self._in_a_row == _DEAD:
+            raise ModelError(
+                f"training stopped: for {_DEAD} batches the network has given the same answer to "
+                f"all of their rows, so no input reaches its end; {_BACK}. Use a lower rate, ask "
+                "for more bits or less sparsity, or look for layers whose outputs are all zero"
+            )
+
+
+def _alike(rows: Tensor) -> bool:
+    return bool((rows[1:] == rows[:1]).all()) if len(rows) > 1 else False
 
 
 class Health:
