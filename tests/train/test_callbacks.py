@@ -7,10 +7,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from tersor.codec import load, save
 from tersor.errors import OptionError
-from tersor.forms import Bitmask, SoftMask, Trellis
-from tersor.methods.own_loop import gradual_pruning, rate_penalty
-from tersor.surgery import walk
+from tersor.forms import Affine, Bitmask, SoftMask, Trellis
+from tersor.forms.grid import Grid
+from tersor.methods.own_loop import (
+    gradual_pruning,
+    lsq_training,
+    movement_pruning,
+    rate_penalty,
+)
+from tersor.surgery import held, walk
+from tersor.surgery.grids import grids
+from tersor.task import classification
+from tersor.train import Lesson, Teacher
 from tersor.train.callbacks import Beside, lightning_callback, trainer_callback
 from train.test_loop import blobs
 
@@ -20,21 +30,30 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 3))
 
 
-def by_hand(model: nn.Module, regime, epochs: int = 6) -> None:
+def by_hand(model: nn.Module, regime, epochs: int = 6, stop: int | None = None) -> torch.Tensor:
+    """Returns the network's answers before it was frozen. stop: after so many steps"""
     beside = Beside([regime])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    beside.begin(model, 6 * epochs)
-    for _ in range(epochs):
-        for x, y in zip(*(part.split(16) for part in blobs(96)), strict=True):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            beside.gradients()
-            optimizer.step()
-            beside.after()
+    batches = list(zip(*(part.split(16) for part in blobs(96)), strict=True)) * epochs
+    beside.begin(model, len(batches))
+    for x, y in batches[:stop]:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        beside.gradients()
+        optimizer.step()
+        beside.after()
+    found = answers(model)
     beside.finish()
+    return found
 
 
-def in_lightning(model: nn.Module, regime, epochs: int = 6, **options) -> None:
+@torch.no_grad()
+def answers(model: nn.Module) -> torch.Tensor:
+    return model(blobs(96)[0])
+
+
+def in_lightning(model: nn.Module, regime, epochs: int = 6, *more, at=None, **options) -> None:
+    """more: callbacks; at: the checkpoint to go on from"""
     lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -50,19 +69,22 @@ def in_lightning(model: nn.Module, regime, epochs: int = 6, **options) -> None:
             return torch.optim.SGD(self.net.parameters(), lr=0.1)
 
     trainer = lightning.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=bool(more),
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[lightning_callback(regime)], **options,
+        callbacks=[lightning_callback(regime), *more], **options,
     )  # fmt: skip
-    trainer.fit(Module(), DataLoader(TensorDataset(*blobs(96)), batch_size=16))
+    trainer.fit(Module(), DataLoader(TensorDataset(*blobs(96)), batch_size=16), ckpt_path=at)
 
 
 class Rows(Dataset):
+    def __init__(self) -> None:
+        self.x, self.labels = blobs(96)
+
     def __len__(self) -> int:
         return 96
 
     def __getitem__(self, place):
-        return {"x": blobs(96)[0][place], "labels": blobs(96)[1][place]}
+        return {"x": self.x[place], "labels": self.labels[place]}
 
 
 class Wrapped(nn.Module):
@@ -75,7 +97,8 @@ class Wrapped(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def in_trainer(model: nn.Module, regime, folder, epochs: int = 6) -> None:
+def in_trainer(model: nn.Module, regime, folder, *more, evaluated=None, **options) -> None:
+    """more: callbacks; evaluated: what is said of each epoch, the more the better"""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
 
@@ -83,20 +106,40 @@ def in_trainer(model: nn.Module, regime, folder, epochs: int = 6) -> None:
         def _get_train_sampler(self, *_):
             return None
 
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=16, num_train_epochs=epochs,
-        learning_rate=0.1, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0,
-        use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
     Ordered(
-        Wrapped(model), arguments, train_dataset=Rows(), callbacks=[trainer_callback(regime)]
-    ).train()
+        Wrapped(model), transformers.TrainingArguments(**arguments_of(folder) | options),
+        train_dataset=Rows(), eval_dataset=Rows(),
+        compute_metrics=lambda _: {"liked": next(evaluated)},
+        callbacks=[trainer_callback(regime), *more],
+    ).train()  # fmt: skip
+
+
+def arguments_of(folder) -> dict:
+    return {
+        "output_dir": str(folder), "per_device_train_batch_size": 16, "num_train_epochs": 6,
+        "learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd", "use_cpu": True,
+        "max_grad_norm": 0.0, "report_to": [], "save_strategy": "no", "logging_strategy": "no",
+        "disable_tqdm": True,
+    }  # fmt: skip
 
 
 REGIMES = {
     "pruning": lambda model: gradual_pruning(model, sparsity=0.8, scope="global"),
+    "movement": lambda model: movement_pruning(model, sparsity=0.8, scope="global"),
     "rate": lambda model: rate_penalty(model, bits=2.0),
+    "lsq": lambda model: lsq_training(model, TASK, bits=3, ends=4, noise=0.5),
 }
+FORMS = {"pruning": Bitmask, "movement": Bitmask, "rate": Trellis, "lsq": Affine}
+TASK = classification(calibration=blobs(96)[0], holdout=blobs(96)[0])
+
+
+def check_stored(model: nn.Module, what: str, folder) -> None:
+    """All that is left is for use, and goes into a file."""
+    assert all(isinstance(site.form, FORMS[what]) for site in walk(model))
+    assert not any(form.training_only for _, form in held(model))
+    assert all(isinstance(grid, Grid) for _, _, _, grid in grids(model))
+    save(model, folder / "model.tersor")
+    assert torch.equal(answers(load(folder / "model.tersor", into=net())), answers(model))
 
 
 @pytest.mark.parametrize("what", REGIMES)
@@ -110,15 +153,28 @@ def test_it_is_the_same_in_every_loop(what, loop, tmp_path):
     else:
         in_trainer(other, regime, tmp_path)
     for one, two in zip(walk(mine), walk(other), strict=True):
-        assert isinstance(two.form, Bitmask if what == "pruning" else Trellis)
+        assert isinstance(two.form, FORMS[what])
         assert torch.allclose(one.weight, two.weight, atol=1e-5)
 
 
-def test_exactly_as_many_weights_are_gone():
+@pytest.mark.parametrize("what", REGIMES)
+def test_what_is_stored_is_what_was_trained(what, tmp_path):
     model = net()
-    by_hand(model, gradual_pruning(model, sparsity=0.8, scope="global"))
-    weights = torch.cat([site.weight.flatten() for site in walk(model)])
-    assert int((weights == 0).sum()) == round(0.8 * len(weights))
+    trained = by_hand(model, REGIMES[what](model))
+    assert torch.equal(answers(model), trained)
+    assert not torch.equal(trained, answers(net()))
+    check_stored(model, what, tmp_path)
+
+
+def zeros(model: nn.Module) -> int:
+    return sum(int((site.weight == 0).sum()) for site in walk(model))
+
+
+@pytest.mark.parametrize("what", ["pruning", "movement"])
+def test_exactly_as_many_weights_are_gone(what):
+    model = net()
+    by_hand(model, REGIMES[what](model))
+    assert zeros(model) == round(0.8 * 160)
 
 
 def test_accumulated_gradients_are_one_step():
@@ -138,6 +194,37 @@ def test_what_cannot_work_is_refused():
     assert isinstance(walk(model)[0].form, SoftMask)
     with pytest.raises(OptionError, match="takes -1 steps"):
         beside.begin(model, -1)
-    beside.begin(model, 10)
-    with pytest.raises(OptionError, match="ended after 0 steps"):
-        beside.finish()
+
+
+@pytest.mark.parametrize("loop", ["hand", "trainer"])
+def test_a_teacher_teaches_in_other_loops(loop, tmp_path):
+    torch.manual_seed(1)
+    original = nn.Linear(2, 3)
+    teacher = Teacher(original, TASK, temperature=2.0)
+    student, x = net(), blobs(96)[0]
+    lesson = Lesson(x, answer=original(x).detach())
+    before = float(teacher.loss(student(x), lesson).detach())
+    if loop == "trainer":
+        taught_in_trainer(student, teacher, tmp_path)
+    else:
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        for _ in range(36):
+            optimizer.zero_grad()
+            teacher.loss(student(x), lesson).backward()
+            optimizer.step()
+    assert teacher.loss(student(x), lesson) < 0.2 * before
+
+
+def taught_in_trainer(student: nn.Module, teacher: Teacher, folder) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    class Distilling(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            outputs = model(**inputs)
+            lesson = Lesson(inputs["x"], answer=teacher.original(inputs["x"]).detach())
+            loss = teacher.loss(outputs["logits"], lesson)
+            return (loss, outputs) if return_outputs else loss
+
+    arguments = transformers.TrainingArguments(**arguments_of(folder))
+    Distilling(Wrapped(student), arguments, train_dataset=Rows()).train()

@@ -7,6 +7,7 @@ do not show in the loss that such a loop logs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ class Beside:
                 f"the loop says that it takes {steps} steps; give it a number of epochs or steps, "
                 "which regimes plan by"
             )
-        self.step, self._health = 0, Health(int(steps))
+        self.step, self._steps, self._health = 0, int(steps), Health(int(steps))
         for regime in self._regimes:
             regime.begin(model, int(steps))
 
@@ -57,13 +58,18 @@ class Beside:
         self.step += 1
 
     def finish(self) -> None:
-        """Behind the last step. Raises OptionError where a regime has not come to its end."""
+        """Behind the last step, or where the loop stopped: what there is then is stored.
+
+        Warns of steps that are missing to what a regime was to do; of a goal that was missed with
+        all steps done, the regime itself warns.
+        """
         for regime in self._regimes:
             regime.enforce()
-        if not all(regime.settled for regime in self._regimes):
-            raise OptionError(
-                f"the loop ended after {self.step} steps, before what it was to do was done; let "
-                "it run for as many steps as it said"
+        if self.step < self._steps and not all(regime.settled for regime in self._regimes):
+            warnings.warn(
+                f"the loop ended after {self.step} of {self._steps} steps, before what it was to "
+                "do was done; the network is stored as it was then",
+                stacklevel=2,
             )
         for regime in self._regimes:
             regime.finish()

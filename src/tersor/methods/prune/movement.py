@@ -76,7 +76,7 @@ def movement(
     found = chosen(model, sparsity, include, exclude)
     check_room(found.sites, sparsity, scope)
     lessons, teacher = schooling("prune.movement", model, task, original, labels)
-    with masked(model, found.sites, _scored):
+    with masked(model, found.sites, scored):
         moving = Moving(found.sites, sparsity, scope)
         scores = {id(form.scores) for form in moving.forms}
         every = trainable("prune.movement", model, include, exclude)
@@ -124,5 +124,6 @@ class Moving(Masking):
             self.scores(form).copy_(scores)
 
 
-def _scored(site: Site) -> SoftMask:
+def scored(site: Site) -> SoftMask:
+    """What a weight is held by while its movement decides."""
     return SoftMask.encode(site.weight, scored=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -79,13 +78,13 @@ def lsq(
     task, _ = held_out_of("quantize.lsq", task)
     sites, others = walk(model, include, exclude), vectors(model, include, exclude)
     check_uncoded(sites)
-    _check_wide(sites)
+    check_wide(sites)
     lessons, teacher = schooling("quantize.lsq", model, task, original, None)
     order = generator or torch.Generator().manual_seed(0)
     pruned = {site.name: sparse_form(site.form) for site in sites}
     with (
-        _gridded(model, task, sites, activation_bits, ends) as widths,
-        masked(model, sites, lambda site: _start(site, widths.get(site.name, bits))),
+        gridded(model, task, sites, activation_bits, ends) as widths,
+        masked(model, sites, lambda site: start(site, widths.get(site.name, bits))),
         unfused(),
     ):
         forms = [trained(site) for site in sites]
@@ -103,7 +102,7 @@ def lsq(
             log=log,
             batch_norms=task.has_train,
         )
-    _freeze(model, sites, pruned)
+    freeze(model, sites, pruned)
     labelled = "labels and " if task.has_train else ""
     return model, {"trained_on": f"{labelled}answers of the original", **outcome}
 
@@ -154,7 +153,7 @@ def trained(site: Site) -> FakeAffine:
     return form
 
 
-def _check_wide(sites: Sequence[Site]) -> None:
+def check_wide(sites: Sequence[Site]) -> None:
     """Raises ModelError for weights whose type has no room for the small numbers of training."""
     for site in sites:
         if site.weight.dtype == torch.float16:
@@ -164,18 +163,18 @@ def _check_wide(sites: Sequence[Site]) -> None:
             )
 
 
-def _start(site: Site, bits: int) -> FakeAffine:
+def start(site: Site, bits: int) -> FakeAffine:
     """What the weight is trained as; what is pruned stays zero."""
     form = FakeAffine.encode(site.weight, bits=bits, axis=site.axis)
     if sparse_form(site.form) is not None:
         # Without a gradient Adam never moves a zero.
         kept = form.latent.detach() != 0
-        form.latent.register_hook(partial(torch.mul, kept))  # type: ignore[no-untyped-call]
+        form.latent.register_hook(lambda slope: slope * kept.to(slope.device))  # type: ignore[no-untyped-call]
     return form
 
 
 @contextmanager
-def _gridded(
+def gridded(
     model: nn.Module, task: Task, sites: Sequence[Site], bits: int | None, ends: int
 ) -> Iterator[dict[str, int]]:
     """With grids to be learned; after an error those that were there are back.
@@ -254,7 +253,7 @@ def _groups(
     ]
 
 
-def _freeze(
+def freeze(
     model: nn.Module, sites: Sequence[Site], pruned: Mapping[str, Bitmask | NofM | None]
 ) -> None:
     """Codes and grids in place of what was trained; they give the same."""
