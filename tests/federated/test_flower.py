@@ -126,3 +126,36 @@ def test_a_node_that_cannot_train_says_why():
     grid = Wire({7: client_app(lambda settings: client)})
     answers = Nodes(grid, clients=1, timeout=1).ask(0, "update", {7: b"rubbish"})
     assert "damaged" in answers.silent[7]
+
+
+@pytest.mark.usefixtures("_flwr")
+@pytest.mark.parametrize("lose", [lambda kept: kept.clear(), lambda kept: kept.update(client=b"x")])
+def test_a_node_that_lost_its_client_begins_anew(lose):
+    from tersor.federated.flower import Nodes, client_app
+
+    def client_of(settings):
+        return Client(tasks()[settings["partition-id"]], net())
+
+    _, server, _ = world(down=Packing())
+    grid = Wire({100 + i: client_app(client_of) for i in range(3)})
+    fleet = Nodes(grid, clients=3, timeout=1)
+
+    def run():
+        return federate(server, fleet, rounds=1, generator=drawn()).rounds[0]
+
+    assert run().counted == [100, 101, 102]
+    lose(grid.contexts[101].state["tersor"])
+    second = run()
+    assert second.counted == [100, 102]
+    assert "lost the state" in second.refused[101]
+    assert run().counted == [100, 101, 102]
+
+
+@pytest.mark.usefixtures("_flwr")
+def test_nodes_that_never_come_are_not_waited_for_beyond_the_limit():
+    from tersor.federated.flower import Nodes
+
+    fleet = Nodes(Wire({7: None}), clients=2, timeout=0.05)
+    said = r"1 nodes are connected where clients=2 are needed, after timeout=0\.05 seconds"
+    with pytest.raises(OptionError, match=said):
+        len(fleet.numbers)

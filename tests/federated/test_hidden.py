@@ -6,7 +6,7 @@ import torch
 
 from federated.worlds import Toy, accuracy, drawn, entropy, normed, world
 from tersor.errors import FileError, ModelError, OptionError
-from tersor.federated import Hidden, Secure, Simulation, federate, lossy
+from tersor.federated import Hidden, Packing, Secure, Simulation, federate, lossy
 from tersor.federated.grid import (
     off_grid,
     on_grid,
@@ -15,6 +15,7 @@ from tersor.federated.grid import (
     write_table,
     write_vector,
 )
+from tersor.federated.hidden import left_out
 from tersor.federated.layout import Layout
 
 SECURE = Secure(largest=0.5, bits=16)
@@ -97,18 +98,86 @@ def test_a_round_with_too_few_is_left_out_and_the_next_goes_on():
     assert second.judged > first.judged
 
 
-@pytest.mark.parametrize("step", ["keys", "shares", "masked", "reveal"])
+@pytest.mark.parametrize("step", ["keys", "shares", "unsealed", "masked", "reveal"])
 def test_who_answers_with_rubbish_is_refused_and_the_others_are_summed(step):
     def network(round_, client, what, message):
         return b"rubbish" * 9 if client == 2 and what == step else message
 
     _, _, done = hidden(network, rounds=1, secure=Secure(largest=0.5, threshold=3))
     if step == "reveal":
-        # A lie in the last step cannot be told from others' lies: the round is lost.
-        assert done.rounds[0].counted == []
+        # Its vector has arrived, and the others open the sum without it.
+        assert done.rounds[0].counted == [0, 1, 2, 3, 4]
+        assert done.rounds[0].refused == {}
     else:
         assert done.rounds[0].counted == [0, 1, 3, 4]
         assert done.rounds[0].refused[2]
+
+
+def test_too_many_unreadable_answers_lose_the_round_and_are_named():
+    def network(round_, client, what, message):
+        return b"rubbish" * 9 if client in (1, 2) and what == "reveal" else message
+
+    _, _, done = hidden(network, rounds=1)
+    assert done.rounds[0].counted == []
+    assert "unreadable shares of clients [1, 2] are left out" in done.rounds[0].refused[0]
+
+
+@pytest.mark.parametrize("harmed", [{0}, {0, 1, 3}, {0, 1, 3, 4}])
+def test_shares_that_do_not_open_cost_their_sender_alone(harmed):
+    def network(round_, client, what, message):
+        if client != 2 or what != "shares":
+            return message
+        return write_table(
+            {n: bytes(len(b)) if n in harmed else b for n, b in read_table(message).items()}
+        )
+
+    _, server, done = hidden(network, rounds=1)
+    assert done.rounds[0].counted == [0, 1, 3, 4]
+    assert f"those of clients {sorted(harmed)} were not opened" in done.rounds[0].refused[2]
+    _, twin, _ = hidden(lambda r, c, what, m: None if c == 2 and what == "shares" else m, rounds=1)
+    assert all(a.equal(b) for a, b in zip(server.state, twin.state, strict=True))
+
+
+def test_who_denies_the_shares_of_all_is_left_out_alone():
+    def network(round_, client, what, message):
+        if client == 2 and what == "unsealed":
+            return write_table(dict.fromkeys((0, 1, 3, 4, 99), b""))
+        return message
+
+    _, _, done = hidden(network, rounds=1)
+    assert done.rounds[0].counted == [0, 1, 3, 4]
+
+
+def test_of_clients_at_odds_the_one_with_the_most_goes():
+    # 1 denies all, and 4 sent 5 something else: of two, the sender goes.
+    failed = {1: {2, 3, 4, 5}, 2: set(), 3: set(), 4: set(), 5: {4, 6}}
+    assert left_out(failed) == {1: [2, 3, 4, 5], 4: [5]}
+    assert left_out({1: set(), 2: set()}) == {}
+
+
+def test_a_client_that_lost_its_state_comes_back():
+    _, server, made = world(clients=4, down=Packing())
+    members = [
+        Hidden(i, client, SECURE, agreement=Toy(), entropy=entropy(i))
+        for i, client in enumerate(made)
+    ]
+
+    def run():
+        return federate(
+            server,
+            Simulation(members),
+            rounds=1,
+            protection=SECURE,
+            agreement=Toy(),
+            generator=drawn(),
+        ).rounds[0]
+
+    assert run().counted == [0, 1, 2, 3]
+    members[1].client = world(clients=4)[2][1]
+    second = run()
+    assert "lost the state" in second.refused[1]
+    assert second.counted == [0, 2, 3]
+    assert run().counted == [0, 1, 2, 3]
 
 
 def test_keys_that_fit_nobody_silence_nobody_else():

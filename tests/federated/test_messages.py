@@ -6,11 +6,20 @@ import zlib
 import pytest
 import torch
 
-from federated.worlds import drawn, net, trained, world
+from federated.worlds import drawn, net, tasks, trained, world
 from tersor.errors import FileError
-from tersor.federated import Packing, Plain, Simulation, federate
+from tersor.federated import Client, Packing, Plain, Server, Simulation, federate
 from tersor.federated.layout import identity, layout_of
-from tersor.federated.messages import read_download, sealed, write_update
+from tersor.federated.messages import (
+    FULL,
+    MOST_BODIES,
+    Download,
+    LostError,
+    read_download,
+    sealed,
+    write_download,
+    write_update,
+)
 from tersor.federated.packing import Packer
 
 
@@ -135,3 +144,81 @@ def test_no_altered_message_brings_a_server_down():
             continue
         assert all(bool(tensor.isfinite().all()) for tensor in update.change)
     federate(server, Simulation([Plain(clients[0])]), rounds=1, generator=drawn())
+
+
+def test_a_client_that_lost_its_state_is_sent_it_whole_and_takes_part_again():
+    _, server, clients = world(down=Packing())
+    members = [Plain(client) for client in clients]
+
+    def run():
+        return federate(server, Simulation(members), rounds=1, generator=drawn()).rounds[0]
+
+    assert run().counted == [0, 1, 2, 3, 4]
+    members[1] = Plain(Client(tasks()[1], net()))
+    second = run()
+    assert second.counted == [0, 2, 3, 4]
+    assert "the client lost the state that its changes begin with" in second.refused[1]
+    assert not second.silent
+    assert run().counted == [0, 1, 2, 3, 4]
+    members[1].client.receive(server.download(1))
+    assert all(a.equal(b) for a, b in zip(members[1].client._state, server.state, strict=True))
+
+
+def test_a_client_with_a_damaged_state_is_sent_it_whole():
+    _, server, clients = world(down=Packing())
+    fleet = Simulation([Plain(client) for client in clients])
+    federate(server, fleet, rounds=1, generator=drawn())
+    clients[2]._state[0][0, 0] += 1
+    with pytest.raises(LostError, match="changes another state 0 than this client holds"):
+        clients[2].receive(server.download(2))
+    done = federate(server, fleet, rounds=2, generator=drawn())
+    assert [2 in result.counted for result in done.rounds] == [False, True]
+
+
+def test_an_old_call_for_help_changes_nothing():
+    _, server, clients = world(down=Packing())
+    fleet = Simulation([Plain(client) for client in clients])
+    federate(server, fleet, rounds=2, generator=drawn())
+    before = server.download(0)
+    with pytest.raises(FileError, match="no update of a tersor client"):
+        server.read(0, LostError("", 1).answer)
+    assert server.download(0) == before
+
+
+@pytest.mark.parametrize(
+    ("round_", "first", "bodies"),
+    [(0, FULL, 0), (0, FULL, 2), (3, FULL, 2), (3, 1, 3), (3, 1, 1), (3, 4, 1), (400, 0, 400)],
+)
+def test_bodies_must_be_those_of_the_rounds_they_cover(round_, first, bodies):
+    message = write_download(Download(round_, 0, first, bytes(8), [b"x"] * bodies))
+    with pytest.raises(FileError, match=f"the download has {bodies} bodies, which is not what"):
+        read_download(message, layout_of(net()))
+
+
+@pytest.mark.parametrize(("first", "bodies"), [(FULL, 1), (FULL, 4), (1, 2), (3, 0)])
+def test_bodies_of_a_whole_state_or_of_each_round_are_read(first, bodies):
+    message = write_download(Download(3, 0, first, bytes(8), [b"x"] * bodies))
+    assert len(read_download(message, layout_of(net())).bodies) == bodies
+
+
+def test_a_server_sends_no_more_bodies_than_clients_read():
+    model = torch.nn.Linear(300, 300)
+    server = Server(model, packing=Packing(2, keep=1e-5))
+    for _ in range(MOST_BODIES + 3):
+        server.advance([torch.zeros(shape) for shape in server.layout.shapes])
+    found = read_download(server.download(0), server.layout)
+    assert (found.first, len(found.bodies)) == (FULL, 1)
+    server.answered(0)
+    server._held[0] -= MOST_BODIES - 1
+    found = read_download(server.download(0), server.layout)
+    assert (found.first, len(found.bodies)) == (4, MOST_BODIES - 1)
+
+
+def test_without_a_limit_of_its_own_a_server_refuses_what_no_training_gives():
+    server, message = honest(scale=3e3)
+    with pytest.raises(FileError, match="is the longest allowed; raise longest if honest"):
+        server.read(0, message)
+    server, message = honest(scale=100.0)
+    assert server.read(0, message).samples == 10
+    server, message = honest(scale=3e3, longest=1e9)
+    assert server.read(0, message).samples == 10

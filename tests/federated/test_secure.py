@@ -10,7 +10,8 @@ from tersor.errors import FileError, MissingExtra, OptionError
 from tersor.federated import shamir
 from tersor.federated.agreement import X25519
 from tersor.federated.grid import read_table
-from tersor.federated.secure import Participant, SecureSum, least_threshold, mask, signed
+from tersor.federated.secure import Participant, least_threshold, mask, signed
+from tersor.federated.unmasking import SecureSum
 
 SIZE = 50
 
@@ -36,7 +37,8 @@ def opened(given, *, silent=(), mute=(), unshared=(), agreement=None, threshold=
     hub = SecureSum(keys, boxes, size=SIZE, agreement=agreement)
     for number in boxes:
         inbox = {n: box[number] for n, box in boxes.items() if n != number}
-        masked = people[number].masked(given[number], inbox)
+        assert people[number].unsealed(inbox) == []
+        masked = people[number].masked(given[number])
         if number not in silent:
             hub.add(number, masked)
     revealed = {n: people[n].reveal(hub.arrived) for n in hub.arrived if n not in mute}
@@ -90,7 +92,8 @@ def test_a_masked_vector_looks_like_noise_and_differs_every_time():
         keys = {p.number: p.keys() for p in people}
         boxes = {p.number: p.shares(keys, threshold=2) for p in people}
         inbox = {n: boxes[n][0] for n in (1, 2)}
-        return people[0].masked(np.zeros(20_000, np.uint32), inbox)
+        people[0].unsealed(inbox)
+        return people[0].masked(np.zeros(20_000, np.uint32))
 
     first, second = masked(1), masked(2)
     assert not (first == second).any()
@@ -120,11 +123,14 @@ def test_a_client_reveals_once_and_not_to_a_few():
     keys = {p.number: p.keys() for p in people}
     boxes = {p.number: p.shares(keys, threshold=3) for p in people}
     inbox = {n: box[0] for n, box in boxes.items() if n != 0}
-    people[0].masked(vectors(1)[0], inbox)
+    people[0].unsealed(inbox)
+    people[0].masked(vectors(1)[0])
     with pytest.raises(FileError, match="2 clients are left where threshold=3"):
         people[0].reveal([0, 1])
+    with pytest.raises(FileError, match="has opened its shares of the round"):
+        people[0].unsealed(inbox)
     with pytest.raises(FileError, match="has sent its vector of the round"):
-        people[0].masked(vectors(1)[0], inbox)
+        people[0].masked(vectors(1)[0])
     content = people[0].reveal([0, 1, 2])
     # Of each client one secret alone: the seed of three, the key of the one not heard.
     kinds = [content[at + 4] for at in range(0, len(content), 5 + shamir.SIZE)]
@@ -142,10 +148,35 @@ def test_lies_about_shares_are_noticed():
     given = vectors(5)
     with pytest.raises(FileError, match=r"committed itself to|do not belong together"):
         opened(given, lie=lie)
-    with pytest.raises(FileError, match="of no client of this round"):
-        opened(given, lie=lambda revealed: revealed | {0: b"\xff" * 71})
-    with pytest.raises(FileError, match="of no client of this round"):
-        opened(given, lie=lambda revealed: revealed | {0: revealed[0][:-1]})
+
+
+@pytest.mark.parametrize("bad", [b"\xff" * 71, b"\xff", bytes(10_000)])
+def test_answers_that_cannot_be_read_are_left_out_while_enough_remain(bad):
+    given = vectors(6)
+    found = opened(given, silent={5}, lie=lambda revealed: revealed | {0: bad})
+    assert np.array_equal(found, summed(given, range(5)))
+    said = r"3 clients are left where threshold=4 .* of clients \[1, 2, 3\] are left out; begin"
+    with pytest.raises(FileError, match=said):
+        opened(given, lie=lambda revealed: revealed | dict.fromkeys((1, 2, 3), bad))
+
+
+def test_who_is_left_out_has_no_mask_in_the_sum():
+    people = [Participant(i, agreement=Toy(), entropy=entropy(i)) for i in range(4)]
+    keys = {p.number: p.keys() for p in people}
+    boxes = {p.number: p.shares(keys, threshold=3) for p in people}
+    boxes[3][0] = bytes(len(boxes[3][0]))
+    failed = [
+        p.unsealed({n: b[p.number] for n, b in boxes.items() if n != p.number}) for p in people
+    ]
+    assert failed == [[3], [], [], []]
+    given = vectors(4)
+    hub = SecureSum(keys, range(3), size=SIZE, agreement=Toy())
+    for number in range(3):
+        hub.add(number, people[number].masked(given[number], without=[3]))
+    revealed = {n: people[n].reveal(hub.arrived) for n in hub.arrived}
+    assert np.array_equal(hub.total(revealed, threshold=3), summed(given, range(3)))
+    with pytest.raises(FileError, match="2 clients are left where threshold=3"):
+        people[3].masked(given[3], without=[0, 1])
 
 
 def test_altered_shares_and_strange_keys_are_refused():
@@ -154,10 +185,9 @@ def test_altered_shares_and_strange_keys_are_refused():
     boxes = {p.number: p.shares(keys, threshold=2) for p in people}
     inbox = {n: boxes[n][0] for n in (1, 2)}
     inbox[2] = inbox[2][:5] + bytes([inbox[2][5] ^ 1]) + inbox[2][6:]
-    with pytest.raises(FileError, match="shares of client 2 were altered"):
-        people[0].masked(vectors(1)[0], inbox)
+    assert people[0].unsealed(inbox) == [2]
     with pytest.raises(FileError, match="client 9 sent no keys"):
-        people[0].masked(vectors(1)[0], {9: inbox[1], 1: inbox[1]})
+        people[1].unsealed({9: inbox[1]})
     with pytest.raises(FileError, match="has shared its secrets of the round"):
         people[0].shares(keys, threshold=2)
     fresh = Participant(0, agreement=Toy(), entropy=entropy())
@@ -172,7 +202,7 @@ def test_tables_and_answers_that_are_too_long_are_refused():
         read_table(bytes(2048), 1)
     people = [Participant(i, agreement=Toy(), entropy=entropy(i)) for i in range(2)]
     hub = SecureSum({p.number: p.keys() for p in people}, [0, 1], size=1, agreement=Toy())
-    with pytest.raises(FileError, match="of more than the 2 clients of this round"):
+    with pytest.raises(FileError, match=r"1 clients are left .* shares of clients \[0\] are left"):
         hub.total({0: bytes(1000), 1: b""}, threshold=2)
 
 

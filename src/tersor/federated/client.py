@@ -12,9 +12,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from tersor.errors import FileError, TaskError
-from tersor.federated.layout import identity, layout_of, put_state, state_of
+from tersor.federated.layout import check_shapes, identity, layout_of, put_state, state_of
 from tersor.federated.local import Local, Trainer
-from tersor.federated.messages import FULL, changed, read_download, write_update
+from tersor.federated.messages import FULL, LostError, changed, read_download, write_update
 from tersor.federated.packing import Packer, Packing
 from tersor.task import Task
 
@@ -64,22 +64,31 @@ class Client:
         return self._packer.generator
 
     def receive(self, message: bytes) -> None:
-        """Takes over the server's state. Raises FileError for a message that is not one."""
+        """Takes over the server's state. Raises FileError for a message that is not one.
+
+        Raises LostError, with the answer to give, where it is of changes to a state that this
+        client does not hold.
+        """
         found = read_download(message, self._layout)
         state = self._state
         if found.first == FULL:
             state = [torch.zeros(shape) for shape in self._layout.shapes]
             bodies = found.bodies
         elif self.version is None or not 0 <= self.version - found.first <= len(found.bodies):
-            raise FileError(
-                f"the download changes state {found.first} and this client holds "
-                f"{self.version}; ask for the whole state"
+            raise LostError(
+                f"the download changes state {found.first} and this client holds {self.version}",
+                found.round,
             )
         else:
             bodies = found.bodies[self.version - found.first :]
         for body in bodies:
             state = changed(state, body, self._layout)
         if identity(state) != found.identity:
+            if found.first != FULL:
+                raise LostError(
+                    f"the download changes another state {found.first} than this client holds",
+                    found.round,
+                )
             raise FileError("the download leads to another state than it says; ask for it again")
         self._state, self.version, self.round = state, found.round, found.round
         if self._sent and found.counted != self._sent:
@@ -122,20 +131,18 @@ class Client:
             size = int.from_bytes(stored[:8], "little")
             header: dict[str, Any] = json.loads(stored[8 : 8 + size])
             plain = json.loads(header["__metadata__"]["tersor.client"])
+            _check_rounds(plain["version"] or 0, plain["round"], plain["sent"])
             tensors = load_tensors(stored)
             count = len(self._layout.shapes) if plain["version"] is not None else 0
             trained = range(self._layout.trained)
             state = [tensors[f"state.{i}"] for i in range(count)]
             owed = [tensors[f"owed.{i}"] for i in trained]
             before = [tensors[f"before.{i}"] for i in trained]
-            for tensor, shape in zip(
+            check_shapes(
                 (*state, *owed, *before),
                 (*self._layout.shapes[:count], *2 * self._layout.shapes[: len(trained)]),
-                strict=True,
-            ):
-                if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-                    raise ValueError(f"{tuple(tensor.shape)} in {tensor.dtype} where {shape} is")
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise FileError(
                 f"what was stored is no client of this network ({error!r}); begin without it"
             ) from error
@@ -147,3 +154,10 @@ class Client:
         seed = (self._seed + _MIX * (self.round + 1)) % 2**63
         self._packer.generator.manual_seed(seed ^ 1)
         return torch.Generator().manual_seed(seed)
+
+
+def _check_rounds(*found: object) -> None:
+    """Raises ValueError for what counts no rounds."""
+    for value in found:
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{value!r} where a round is counted")

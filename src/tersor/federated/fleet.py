@@ -13,6 +13,7 @@ from torch import nn
 from tersor.errors import CompressError, FileError, OptionError
 from tersor.federated.client import Client
 from tersor.federated.local import Trainer
+from tersor.federated.messages import LostError
 from tersor.federated.options import check_number
 from tersor.federated.packing import Packing
 from tersor.task import Task
@@ -61,10 +62,13 @@ class Plain:
     client: Client
 
     def answer(self, step: str, message: bytes) -> bytes:
-        """An update, to a download."""
+        """An update, to a download; to one that it cannot follow, that it needs the whole state."""
         if step != UPDATE:
             raise FileError(f"this client knows no step {step!r}; make it a Hidden one")
-        self.client.receive(message)
+        try:
+            self.client.receive(message)
+        except LostError as lost:
+            return lost.answer
         return self.client.update()
 
 

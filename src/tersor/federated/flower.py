@@ -10,11 +10,12 @@ here: `Secure` needs secrets that outlive a message, which Flower would write to
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tersor.errors import CompressError, MissingExtra, OptionError
+from tersor.errors import CompressError, FileError, MissingExtra, OptionError
 from tersor.federated.client import Client
 from tersor.federated.fleet import UPDATE, Answers, Fleet, Plain
 from tersor.federated.options import check_count, check_number
@@ -36,15 +37,16 @@ def client_app(client_of: Callable[[Mapping[str, Any]], Client]) -> ClientApp:
 
     client_of: makes the node's client from its settings (`node_config`, where simulations put a
         "partition-id"); called for each message, so data are best read lazily
+
+    A node whose kept client cannot be read begins anew: the server sends it the whole state.
     """
     app = ClientApp()
 
     @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
         client = client_of(context.node_config)
+        _restore(client, context)
         try:
-            if _RECORD in context.state:
-                client.restore(context.state[_RECORD][_CLIENT])
             answer = Plain(client).answer(UPDATE, _bytes_of(message))
         except CompressError as error:
             return Message(Error(_REFUSED, str(error)), reply_to=message)
@@ -59,7 +61,7 @@ def server_app(run: Callable[[Fleet], object], *, clients: int, timeout: float =
 
     run: is given the nodes as a fleet, for `federate`
     clients: nodes that must be there before a round begins
-    timeout: seconds that a round waits for answers; who is later is silent
+    timeout: seconds that a round waits for nodes, and then for answers; who is later is silent
     """
     check_count("clients", clients)
     check_number("timeout", timeout)
@@ -81,9 +83,18 @@ class Nodes:
 
     @property
     def numbers(self) -> Sequence[int]:
-        """Of the nodes that are connected; waits until there are enough."""
+        """Of the nodes that are connected; waits until there are enough.
+
+        Raises OptionError where there are too few for the whole of the timeout.
+        """
+        end = time.monotonic() + self._timeout
         while len(found := sorted(self._grid.get_node_ids())) < self._clients:
-            time.sleep(1)
+            if time.monotonic() >= end:
+                raise OptionError(
+                    f"{len(found)} nodes are connected where clients={self._clients} are needed, "
+                    f"after timeout={self._timeout:g} seconds; start more nodes, or ask for fewer"
+                )
+            time.sleep(min(1.0, self._timeout))
         return found
 
     def ask(self, round_: int, step: str, messages: Mapping[int, bytes]) -> Answers:
@@ -110,6 +121,14 @@ class Nodes:
             if number not in found.messages:
                 found.silent.setdefault(number, "never answered")
         return found
+
+
+def _restore(client: Client, context: Context) -> None:
+    """What the node kept of its client. It begins anew where that is of no use any more."""
+    record = context.state.get(_RECORD)
+    if isinstance(record, ConfigRecord) and isinstance(kept := record.get(_CLIENT), bytes):
+        with contextlib.suppress(FileError):
+            client.restore(kept)
 
 
 def _record(content: bytes) -> RecordDict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -26,10 +26,12 @@ from tersor.federated.grid import (
     write_table,
     write_vector,
 )
-from tersor.federated.secure import Participant, SecureSum, checked_keys
+from tersor.federated.messages import LostError
+from tersor.federated.secure import Participant, checked_keys
 from tersor.federated.talk import Talk
+from tersor.federated.unmasking import SecureSum
 
-KEYS, SHARES, MASKED, REVEAL = "keys", "shares", "masked", "reveal"
+KEYS, SHARES, UNSEALED, MASKED, REVEAL = "keys", "shares", "unsealed", "masked", "reveal"
 _SAMPLES = struct.Struct("<I")
 
 
@@ -55,7 +57,10 @@ class Hidden:
     def answer(self, step: str, message: bytes) -> bytes:
         """To each step of a round in turn. Raises FileError for one out of turn."""
         if step == KEYS:
-            self.client.receive(message)
+            try:
+                self.client.receive(message)
+            except LostError as lost:
+                return lost.answer
             self._participant = Participant(
                 self.number, agreement=self.agreement, entropy=self.entropy
             )
@@ -64,6 +69,9 @@ class Hidden:
             raise FileError(f"the step {step!r} belongs to no round; begin with {KEYS!r}")
         if step == SHARES:
             return self._shares(self._participant, message)
+        if step == UNSEALED:
+            failed = self._participant.unsealed(read_table(message))
+            return write_table(dict.fromkeys(failed, b""))
         if step == MASKED:
             return self._masked(self._participant, message)
         if step == REVEAL:
@@ -101,9 +109,10 @@ def hidden_mean(
     try:
         threshold = secure.needed(len(keys))
         boxes = _shared(talk, samples, keys)
+        members = _understood(talk, boxes)
         size = talk.server.layout.numbers
-        hub = SecureSum(keys, boxes, size=size, agreement=agreement)
-        _collect(talk, hub, boxes, secure)
+        hub = SecureSum(keys, members, size=size, agreement=agreement)
+        _collect(talk, hub, members, set(boxes) - members, secure)
         asked = write_table(dict.fromkeys(hub.arrived, b""))
         revealed = talk.ask(REVEAL, dict.fromkeys(hub.arrived, asked))
         total = hub.total(revealed, threshold=threshold)
@@ -128,6 +137,7 @@ def _heard(
     probe = agreement.secret(secrets.token_bytes)
     for number, answer in talk.ask(KEYS, downloads).items():
         try:
+            talk.server.check_followed(number, answer)
             count = int.from_bytes(answer[: _SAMPLES.size], "little")
             if not 1 <= count <= talk.server.most_samples:
                 raise FileError(f"it claims {count} samples; check who sends that")
@@ -163,15 +173,47 @@ def _shared(
     return found
 
 
-def _collect(
-    talk: Talk, hub: SecureSum, boxes: Mapping[int, Mapping[int, bytes]], secure: Secure
-) -> None:
-    """Takes in the masked vectors."""
+def _understood(talk: Talk, boxes: Mapping[int, Mapping[int, bytes]]) -> set[int]:
+    """Who goes on: of any two of them each opened the other's shares."""
     asked = {
         number: write_table({n: box[number] for n, box in boxes.items() if n != number})
         for number in boxes
     }
-    for number, answer in talk.ask(MASKED, asked).items():
+    failed = {}
+    for number, answer in talk.ask(UNSEALED, asked).items():
+        try:
+            failed[number] = set(read_table(answer, len(boxes)))
+        except FileError as error:
+            talk.refused[number] = str(error)
+    out = left_out(failed)
+    for number, others in out.items():
+        talk.refused[number] = (
+            f"its shares and those of clients {others} were not opened by each other; it is left "
+            "out of this round"
+        )
+    return set(failed) - set(out)
+
+
+def left_out(failed: Mapping[int, Set[int]]) -> dict[int, list[int]]:
+    """Clients to be left out, each with those it is at odds with, until all that remain agree.
+
+    failed: by receiver, the senders whose shares it could not open. Who is at odds with the most
+    goes first, for one liar is at odds with all whom it harms; of two, the sender.
+    """
+    pairs = {(n, other) for n, others in failed.items() for other in others & failed.keys()}
+    found: dict[int, list[int]] = {}
+    while pairs := {pair for pair in pairs if not found.keys() & set(pair)}:
+        odds = {n: {a + b - n for a, b in pairs if n in (a, b)} for pair in pairs for n in pair}
+        senders = {sender for _, sender in pairs}
+        worst = max(odds, key=lambda n: (len(odds[n]), n in senders, n))
+        found[worst] = sorted(odds[worst])
+    return found
+
+
+def _collect(talk: Talk, hub: SecureSum, members: Set[int], out: Set[int], secure: Secure) -> None:
+    """Takes in the masked vectors of members, which leave out the others."""
+    asked = write_table(dict.fromkeys(sorted(out), b""))
+    for number, answer in talk.ask(MASKED, dict.fromkeys(sorted(members), asked)).items():
         try:
             size, round_ = talk.server.layout.numbers, talk.server.round
             hub.add(number, read_vector(answer, size, round_, secure.modulus_bits))

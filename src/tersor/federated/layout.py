@@ -75,6 +75,13 @@ def identity(state: Sequence[Tensor]) -> bytes:
     return digest.digest()
 
 
+def check_shapes(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raises ValueError unless these are float32 tensors of these shapes."""
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != torch.float32:
+            raise ValueError(f"{tuple(tensor.shape)} in {tensor.dtype} where {tuple(shape)} is")
+
+
 def length(tensors: Sequence[Tensor]) -> float:
     """Of all of them as one vector, in double precision."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))

@@ -9,7 +9,11 @@ state it starts from (8), the samples it was trained on (4), a body, and a CRC-3
 
 A download: "tfd1", the round (4), one more than the round in which an update of this client was
 last counted (4), the version of the state that the first body is a change of (4; `FULL` where it
-is a whole state), the identity of the state at the end (8), bodies as parts, and a CRC-32.
+is a whole state), the identity of the state at the end (8), bodies as parts, and a CRC-32. There is
+one body for each round from that version on; a whole state is one body, or one for the start and
+one for each round behind it.
+
+A client that cannot follow a download answers "tfl1", the round (4), and a CRC-32.
 """
 
 from __future__ import annotations
@@ -28,10 +32,24 @@ from tersor.federated.packing import longest_body, unpack
 
 _UPDATE = struct.Struct("<4sI8sI")
 _DOWNLOAD = struct.Struct("<4sIII8s")
+_LOST = struct.Struct("<4sI")
 _CHECK = struct.Struct("<I")
-_UP, _DOWN = b"tfu1", b"tfd1"
+_UP, _DOWN, _ASTRAY = b"tfu1", b"tfd1", b"tfl1"
 FULL = 2**32 - 1
 """In place of a version: what comes is the whole state."""
+MOST_BODIES = 256
+"""In a download. Each may be a few bytes that take work of the network's size to read."""
+
+
+class LostError(FileError):
+    """A client cannot follow the changes it was sent.
+
+    answer: what asks the server for the whole state
+    """
+
+    def __init__(self, reason: str, round_: int) -> None:
+        super().__init__(f"{reason}; ask for the whole state")
+        self.answer = _astray(round_)
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,11 @@ def read_update(
     return Update(samples, unpack(content[_UPDATE.size :], layout))
 
 
+def is_lost(message: bytes, round_: int) -> bool:
+    """Whether a client says that it cannot follow this round's download."""
+    return message == _astray(round_)
+
+
 def write_download(download: Download) -> bytes:
     """See the module."""
     head = _DOWNLOAD.pack(
@@ -116,7 +139,23 @@ def read_download(message: bytes, layout: Layout) -> Download:
             bodies.append(bytes(body))
     except ValueError as error:
         raise FileError(f"the download {error}; ask for it again") from None
+    _check_bodies(len(bodies), round_, first)
     return Download(round_, counted, first, identity, bodies)
+
+
+def _astray(round_: int) -> bytes:
+    return sealed(_LOST.pack(_ASTRAY, round_))
+
+
+def _check_bodies(found: int, round_: int, first: int) -> None:
+    whole = first == FULL
+    due = {1, round_ + 1} if whole else {round_ - first}
+    if found not in due or found > MOST_BODIES:
+        start = "a whole state" if whole else f"changes from state {first}"
+        raise FileError(
+            f"the download has {found} bodies, which is not what {start} to round {round_} takes "
+            f"(at most {MOST_BODIES}); ask for it again"
+        )
 
 
 def changed(state: Sequence[Tensor], body: bytes, layout: Layout) -> list[Tensor]:

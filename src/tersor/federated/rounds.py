@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tersor.errors import FileError, ModelError, OptionError
 from tersor.federated.agreement import Agreement
+from tersor.federated.checkpoint import Checkpoint
 from tersor.federated.fleet import UPDATE, Fleet
 from tersor.federated.grid import Secure
 from tersor.federated.hidden import hidden_mean
@@ -78,27 +80,33 @@ def federate(
     protection: Privacy | Secure | None = None,
     agreement: Agreement | None = None,
     judge: Callable[[], float] | None = None,
+    folder: str | Path | None = None,
     generator: torch.Generator,
 ) -> Federated:
     """Trains the server's network, in place.
 
-    rounds: at least 1
+    rounds: at least 1; with a folder, those that it holds are among them
     fraction: of the clients that is asked in a round, above 0, at most 1. With `Privacy` each is
         drawn on its own, with this probability; else so many are, and at least one
     protection: `Privacy` of clients in the result, or `Secure` sums; the same `Secure` as the
         clients' (`Hidden`)
     agreement: of keys, for `Secure`; as the clients have it
     judge: called behind each round
+    folder: where what the server must remember is kept behind each round; the same server with the
+        same folder goes on where it was killed, to the same weights
     generator: draws the clients, and noise
 
     A client that is silent or refused is left out of the round, which goes on. Raises ModelError
-    where the network keeps statistics that a protection would not cover.
+    where the network keeps statistics that a protection would not cover, and OptionError where the
+    folder holds another federation.
     """
     check_count("rounds", rounds)
     check_number("fraction", fraction, most=1.0)
     _check_protection(server, protection)
-    done = []
-    for _ in range(rounds):
+    settings = {"fraction": fraction, "protection": repr(protection)}
+    kept = None if folder is None else Checkpoint(Path(folder), settings)
+    done = [] if kept is None else _resumed(kept, server, generator, rounds)
+    for _ in range(len(done), rounds):
         chosen = _drawn(fleet.numbers, fraction, protection, generator)
         talk = Talk(server, fleet)
         if isinstance(protection, Secure):
@@ -122,8 +130,22 @@ def federate(
                 None if judge is None else judge(),
             )
         )
+        if kept is not None:
+            kept.store(server, generator, [asdict(each) for each in done])
     spent = protection.epsilon(fraction, rounds) if isinstance(protection, Privacy) else None
     return Federated(done, spent)
+
+
+def _resumed(
+    kept: Checkpoint, server: Server, generator: torch.Generator, rounds: int
+) -> list[Round]:
+    done = [Round(**each) for each in kept.restore(server, generator)]
+    if len(done) > rounds:
+        raise OptionError(
+            f"rounds={rounds} are fewer than the {len(done)} that {kept.path} holds; ask for "
+            f"{len(done)} or more, or name another folder"
+        )
+    return done
 
 
 def _check_protection(server: Server, protection: Privacy | Secure | None) -> None:

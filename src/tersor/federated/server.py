@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tersor.errors import FileError
-from tersor.federated.layout import identity, layout_of, length, put_state, state_of
+from tersor.federated.layout import (
+    check_shapes,
+    identity,
+    layout_of,
+    length,
+    put_state,
+    state_of,
+)
 from tersor.federated.messages import (
     FULL,
+    MOST_BODIES,
     Download,
     Update,
     changed,
+    is_lost,
     read_update,
     write_download,
 )
@@ -22,6 +34,8 @@ from tersor.federated.packing import Packer, Packing, unpack
 
 LARGEST = 2**24
 """Samples that one client may claim, unless a server allows others."""
+FAR = 1000
+"""Times the state and a 1 for each number: the length that no update may exceed by default."""
 _START = Packing(bits=8)
 
 
@@ -46,7 +60,8 @@ class Server:
 
         packing: how the state, at first in 8 bits, and its changes are made small on their way
             down; None sends whole states in floats
-        longest: the length that an update may have, as one vector; None allows any
+        longest: the length that an update may have, as one vector; None for 1000 times the length
+            of the state and of a 1 for each number together, which only failed training exceeds
         most_samples: that a client may claim, which is its weight in the mean
         generator: draws roundings without feedback
         """
@@ -89,6 +104,7 @@ class Server:
 
     def read(self, client: int, message: bytes) -> Update:
         """One client's answer. Raises FileError, with the reason, for what is not to be counted."""
+        self.check_followed(client, message)
         update = read_update(
             message,
             self.layout,
@@ -101,15 +117,26 @@ class Server:
                 raise FileError(
                     f"the update has a variance of {least:.4g}, and none is below 0; leave it out"
                 )
-        if self._longest is not None:
-            found = length(self._differences(update))
-            if not found <= self._longest:
-                raise FileError(
-                    f"the update is {found:.4g} long, where {self._longest:g} is the longest "
-                    "allowed; raise longest if honest clients send such updates"
-                )
+        found, longest = length(self._differences(update)), self._farthest()
+        if not found <= longest:
+            raise FileError(
+                f"the update is {found:.4g} long, where {longest:g} is the longest allowed; raise "
+                "longest if honest clients send such updates"
+            )
         self._held[client] = self._counted[client] = self.round
         return update
+
+    def check_followed(self, client: int, message: bytes) -> None:
+        """Raises FileError where a client answers that it cannot follow its download.
+
+        It is believed to hold nothing from then on, so that its next download is the whole state.
+        """
+        if is_lost(message, self.round):
+            self._held.pop(client, None)
+            raise FileError(
+                "the client lost the state that its changes begin with; the next download brings "
+                "it the whole one"
+            )
 
     def answered(self, client: int) -> None:
         """The client has this round's state, whatever became of its update."""
@@ -142,10 +169,48 @@ class Server:
             self.state = changed(self.state, self._log[-1], self.layout)
         self.round += 1
         self._full = b""
-        # What is longer than the state is never sent again.
-        while self._log and sum(map(len, self._log)) > 5 * self.layout.numbers + 1024:
+        # What is longer than the state is never sent again; one body more may be the start.
+        longest = 5 * self.layout.numbers + 1024
+        while len(self._log) >= MOST_BODIES or sum(map(len, self._log)) > longest:
             self._log.pop(0)
         put_state(self._model, self.state)
+
+    def store(self) -> dict[str, Any]:
+        """All that it must remember between rounds: tensors, numbers and texts."""
+        return {
+            "made": self._made(),
+            "round": self.round,
+            "state": self.state,
+            "owed": self._packer.residual,
+            "drawn": self._packer.generator.get_state(),
+            "held": dict(self._held),
+            "counted": dict(self._counted),
+            "start": _as_tensor(self._start),
+            "log": [_as_tensor(body) for body in self._log],
+        }
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """The inverse. Raises ValueError, and changes nothing, for what another server stored."""
+        if stored["made"] != self._made():
+            raise ValueError(f"it is of a server of {stored['made']}, and this is {self._made()}")
+        check_shapes(stored["state"], self.layout.shapes)
+        check_shapes(stored["owed"], self.layout.shapes[: self.layout.trained])
+        start, log = _as_bytes(stored["start"]), [_as_bytes(body) for body in stored["log"]]
+        self._packer.generator.set_state(stored["drawn"])
+        self.round, self.state = stored["round"], stored["state"]
+        self._packer.residual = stored["owed"]
+        self._held, self._counted = dict(stored["held"]), dict(stored["counted"])
+        self._start, self._log, self._full = start, log, b""
+        put_state(self._model, self.state)
+
+    def _made(self) -> str:
+        """What must be the same at a server that goes on."""
+        return f"{self._packer.packing} for {self.layout}"
+
+    def _farthest(self) -> float:
+        if self._longest is not None:
+            return self._longest
+        return FAR * (length(self.state) + math.sqrt(self.layout.numbers))
 
     def _differences(self, update: Update) -> list[Tensor]:
         """Of all tensors, statistics too."""
@@ -165,3 +230,11 @@ class Server:
         if not self._full:
             self._full = Packer(self.layout, None, torch.Generator()).pack(self.state)
         return self._full
+
+
+def _as_tensor(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+
+
+def _as_bytes(tensor: Tensor) -> bytes:
+    return tensor.numpy().tobytes()
