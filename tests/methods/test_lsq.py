@@ -235,3 +235,16 @@ def test_what_cannot_be_trained_is_refused(net):
     with pytest.raises(OptionError, match=r'"0\.weight" of shape .* is held as affine already'):
         lsq(held, task())
     assert all(site.form is None for site in walk(net))
+
+
+def test_a_scale_that_runs_away_is_named(net, monkeypatch):
+    real = FakeAffine.dense
+
+    def growing(form):
+        with torch.no_grad():
+            form.scale.mul_(4.0)
+        return real(form)
+
+    monkeypatch.setattr(FakeAffine, "dense", growing)
+    with pytest.raises(ModelError, match=r'the scale of "0\.weight" is .* and began at '):
+        lsq(copy.deepcopy(net), task(), epochs=3)

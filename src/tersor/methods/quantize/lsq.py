@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -35,6 +36,7 @@ from tersor.surgery.walk import Patterns, Site, in_execution_order, kind_of, vec
 from tersor.task import Inputs, Task
 from tersor.task.kinds import evaluation_mode
 from tersor.train import Regime, TrainingLog
+from tersor.train.health import Bounded
 
 _RATE = 0.01
 """The highest: the share of its own size by which a tensor changes in a step."""
@@ -98,7 +100,7 @@ def lsq(
             rate=_RATE,
             training=training,
             generator=order,
-            regimes=[Noise(forms, noise, order)] if noise < 1 else [],
+            regimes=[bounds(model, sites), *([Noise(forms, noise, order)] if noise < 1 else [])],
             log=log,
             batch_norms=task.has_train,
         )
@@ -144,6 +146,19 @@ class Noise(Regime):
         for form in self._forms:
             lots = torch.rand(form.latent.shape, generator=self._generator)
             form.chosen = (lots < self._share).to(form.latent.device)
+
+
+def bounds(model: nn.Module, sites: Sequence[Site]) -> Bounded:
+    """Watches the scales of weights and of what enters layers."""
+    numbers = {f'the scale of "{site.name}"': partial(_scale, trained(site)) for site in sites}
+    for path, where, _, grid in grids(model):
+        if isinstance(grid, LearnedGrid):
+            numbers[f'the scale of the {where} of "{path}"'] = partial(_scale, grid)
+    return Bounded(numbers)
+
+
+def _scale(owner: FakeAffine | LearnedGrid) -> Tensor:
+    return owner.scale
 
 
 def trained(site: Site) -> FakeAffine:

@@ -223,7 +223,7 @@ def start(site: Site) -> Rounded:
     form = Rounded.encode(weight, step=spread / fine, axis=axis)
     if sparse is not None:
         kept = form.latent.detach() != 0
-        form.latent.register_hook(lambda gradient: gradient * kept)  # type: ignore[no-untyped-call]
+        form.latent.register_hook(lambda slope: slope * kept.to(slope.device))  # type: ignore[no-untyped-call]
     site.hold(form)
     return form
 
