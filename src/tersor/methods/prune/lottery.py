@@ -79,7 +79,7 @@ def lottery(
     left: list[float] = []
 
     def train(part: str) -> Outcome:
-        with _named(log, part):
+        with _named(log, part, repr([sparsity, rounds, epochs, rate, training, include, exclude])):
             return learn(
                 f"prune.lottery, {part}",
                 model,
@@ -147,13 +147,17 @@ def _change(
 
 
 @contextmanager
-def _named(log: TrainingLog | None, part: str) -> Iterator[None]:
-    """Each of several trainings in a step keeps itself under a name of its own."""
+def _named(log: TrainingLog | None, part: str, about: str) -> Iterator[None]:
+    """Each of several trainings in a step keeps itself under a name of its own.
+
+    about: all options but the control, which the rounds know nothing of
+    """
     if log is None:
         yield
         return
-    before, log.name = log.name, f"{log.name}-{part.replace(' ', '-')}"
+    before = log.name, log.about
+    log.name, log.about = f"{log.name}-{part.replace(' ', '-')}", about
     try:
         yield
     finally:
-        log.name = before
+        log.name, log.about = before
