@@ -24,7 +24,7 @@ from tersor.train import Labels, fit
 
 EPOCHS = {"teacher": 30, "student": 40}
 RATE = 1e-3
-BATCH = {"teacher": 256, "student": 64}
+BATCH = 64
 TEMPERATURE = 20.0
 HELD_OUT = 1000
 
@@ -66,9 +66,7 @@ def main() -> None:
     torch.set_num_threads(parser.parse_args().threads)
     (pictures, labels), test = images("train"), images("test")
     train = pictures[:-HELD_OUT], labels[:-HELD_OUT]
-    task = classification(
-        train=train, test=test, holdout=pictures[-HELD_OUT:], batch_size=BATCH["student"]
-    )
+    task = classification(train=train, test=test, holdout=pictures[-HELD_OUT:], batch_size=BATCH)
     errors, seconds = {}, {}
 
     def count(name: str, model: nn.Module, start: float) -> None:
@@ -78,7 +76,7 @@ def main() -> None:
         print(f"{name}: {errors[name]} errors, {seconds[name]} s", flush=True)
 
     start = time.perf_counter()
-    shifted = classification(train=Shifted(*train, batch=BATCH["teacher"]), test=test)
+    shifted = classification(train=Shifted(*train, batch=BATCH), test=test)
     teacher = learned(network(1200, dropout=True, seed=0), shifted, EPOCHS["teacher"])
     count("teacher", teacher, start)
 

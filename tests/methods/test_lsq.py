@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tersor.errors import ModelError, OptionError, TaskError
@@ -220,6 +221,26 @@ def test_training_that_fails_says_so(net):
     left = model.state_dict()
     assert left.keys() == net.state_dict().keys()
     assert all(torch.equal(left[name], old) for name, old in net.state_dict().items())
+
+
+def test_what_a_training_had_reached_is_kept_as_plain_weights(net, tmp_path):
+    data, calls = task(), []
+    loss = data.loss
+
+    def failing(outputs, targets):
+        calls.append(None)
+        return loss(outputs, targets) * (float("nan") if len(calls) == 13 else 1.0)
+
+    data.loss = failing
+    log = TrainingLog(tmp_path)
+    with pytest.raises(ModelError, match="as it was behind epoch 1 is in"):
+        lsq(copy.deepcopy(net), data, epochs=2, log=log)
+    (path,) = tmp_path.glob("*.best.safetensors")
+    kept = load_file(path)
+    again = copy.deepcopy(net)
+    again.load_state_dict(kept, strict=False)
+    assert set(again.state_dict()) <= set(kept)
+    assert len(again[3].weight.unique()) <= 3 * 8
 
 
 def test_what_cannot_be_trained_is_refused(net):

@@ -32,18 +32,25 @@ def test_a_student_that_gives_one_answer_to_everything_is_dead():
 
 def test_one_batch_with_different_answers_is_enough():
     watch, same, wanted = Alive(), torch.zeros(4, 3), torch.arange(4)
+    watch.begin(net(), 99)
     for _ in range(3):
         for _ in range(19):
-            watch.check(same, wanted)
-        watch.check(torch.eye(4, 3), wanted)
+            watch.look(same, wanted)
+        watch.look(torch.eye(4, 3), wanted)
+        watch.gradients(0)
     for _ in range(40):
-        watch.check(same, torch.zeros(4))
-        watch.check(same[:1], wanted[:1])
-        watch.check(same, None)
+        watch.look(same, torch.zeros(4))
+        watch.look(same[:1], wanted[:1])
+        watch.look(same, None)
     for _ in range(19):
-        watch.check(same, wanted)
-    with pytest.raises(ModelError, match="lower rate"):
-        watch.check(same, wanted)
+        watch.look(same, wanted)
+    watch.gradients(5)
+    again = Alive()
+    again.begin(net(), 99)
+    again.restore(watch.state())
+    again.look(same, wanted)
+    with pytest.raises(ModelError, match=r"step 7 of 99: for 20 batches .* lower rate"):
+        again.gradients(6)
 
 
 @pytest.mark.parametrize(("factor", "said"), [(2e5, r"6e\+05"), (float("nan"), "nan")])

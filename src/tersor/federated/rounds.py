@@ -139,7 +139,14 @@ def federate(
 def _resumed(
     kept: Checkpoint, server: Server, generator: torch.Generator, rounds: int
 ) -> list[Round]:
-    done = [Round(**each) for each in kept.restore(server, generator)]
+    found = kept.restore(server, generator)
+    try:
+        done = [Round(**each) for each in found]
+    except TypeError as error:
+        raise OptionError(
+            f"{kept.path} cannot be gone on from: {error}; delete it to start anew, or name "
+            "another folder"
+        ) from error
     if len(done) > rounds:
         raise OptionError(
             f"rounds={rounds} are fewer than the {len(done)} that {kept.path} holds; ask for "

@@ -39,6 +39,8 @@ class Gating(Regime):
     reached: the share of weights whose gates had closed by themselves when they were cut
     """
 
+    paced = chooses = True
+
     def __init__(self, sites: Sequence[Site], sparsity: float, generator: torch.Generator) -> None:
         """Gates are trained here, weights by whoever trains the network."""
         self._sites, self._sparsity, self._generator = sites, sparsity, generator

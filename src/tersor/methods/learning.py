@@ -30,6 +30,7 @@ from tersor.train import (
     fit,
 )
 from tersor.train.distributed import Portion, agreed, world
+from tersor.train.distributed.together import Together
 from tersor.train.health import Alive
 from tersor.train.lessons import check_alike
 
@@ -72,20 +73,20 @@ def learn(
     judge, unit = _judge(name, model, task, original, shown)
     joined = log.together() if log is not None and log.together is not None else None
     if joined is not None:
-        lessons, judge = _divided(lessons, judge)
+        lessons, judge = _divided(name, lessons, judge, regimes, joined)
         own = {id(parameter) for parameter in model.parameters()}
         joined.beside = [parameter for parameter in every if id(parameter) not in own]
         # First, so that other regimes see gradients of all.
         regimes = [joined, *regimes]
-
     alive = Alive()
+    if joined is None:
+        # A process that stops alone would leave the others waiting for it.
+        regimes = [*regimes, alive]
 
     def value(lesson: Lesson) -> Tensor:
         with _modes(model, chosen, batch_norms), torch.enable_grad(), shown():
             outputs = task.predict(model, lesson.inputs)
-            alive.check(
-                outputs.detach(), lesson.targets if lesson.answer is None else lesson.answer
-            )
+            alive.look(outputs.detach(), lesson.targets if lesson.answer is None else lesson.answer)
             return loss(outputs, lesson)
 
     with differentiable(every), nullcontext() if original is None else decoded(original):
@@ -110,14 +111,23 @@ def learn(
 
 
 def _divided(
-    lessons: Lessons, judge: Callable[[], float] | None
+    name: str,
+    lessons: Lessons,
+    judge: Callable[[], float] | None,
+    regimes: Sequence[Regime],
+    joined: Together,
 ) -> tuple[Lessons, Callable[[], float] | None]:
     """This process's rows of each batch, and a judge that all processes agree with."""
+    if joined.apart and any(regime.chooses for regime in regimes):
+        raise OptionError(
+            f"{name} chooses by the weights, and with {type(joined).__name__} those differ between "
+            "processes; let together= of the log make an Averaging"
+        )
     if isinstance(lessons, Teacher):
-        lessons.part = world()
+        lessons.part = world(joined.group)
     else:
-        lessons = Portion(lessons, *world())
-    return lessons, None if judge is None else agreed(judge)
+        lessons = Portion(lessons, *world(joined.group))
+    return lessons, None if judge is None else agreed(judge, joined.group)
 
 
 def _flat(parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> Iterator[nn.Parameter]:

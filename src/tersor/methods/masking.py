@@ -44,6 +44,8 @@ class Masking(Regime):
     scope: "layer" for the same share of each, "global" for one comparison of all
     """
 
+    paced = chooses = True
+
     def __init__(self, sites: Sequence[Site], sparsity: Sparsity, scope: str) -> None:
         """The goal is that of `prune_by`; here it is reached in steps."""
         self._sites, self._sparsity, self._scope = sites, sparsity, scope

@@ -124,12 +124,11 @@ def replay(
     steps = _steps(read_recipe(recipe) if isinstance(recipe, str | Path) else recipe)
     found = None if original is None else _mark(original)
     for number, step in enumerate(steps, 1):
-        asks = step.method in TABLE and "original" in signature(TABLE[step.method]).parameters
         wanted = step.outcome.get("original")
-        if asks and wanted != found:
+        if wanted is not None and wanted != found:
             raise OptionError(
-                f"{_where(number, steps)} was done with original={wanted or 'the network itself'}, "
-                f"not with {found or 'the network itself'}; pass the same one"
+                f"{_where(number, steps)} was done with original={wanted}, not with "
+                f"{found or 'the network itself'}; pass the same one"
             )
     return run(model, steps, task, original=original)
 

@@ -11,6 +11,7 @@ from tersor.forms import Affine, Bitmask, BlockFloat, Codebook, NofM
 from tersor.forms.form import Form
 from tersor.surgery.hold import bake, hold, release
 from tersor.surgery.walk import Site, walk
+from tersor.train.regime import Regime
 
 
 def sparse_form(form: Form | None) -> Bitmask | NofM | None:
@@ -18,6 +19,22 @@ def sparse_form(form: Form | None) -> Bitmask | NofM | None:
     if form is None:
         return None
     return next((inner for inner in form.forms() if isinstance(inner, Bitmask | NofM)), None)
+
+
+class Zeros(Regime):
+    """Takes the gradients of zeros away again: compressed ones of many processes fill all places.
+
+    latents: weights of which what is zero now stays zero
+    """
+
+    def __init__(self, latents: Sequence[nn.Parameter]) -> None:
+        self._kept = [(latent, latent.detach() != 0) for latent in latents]
+
+    def gradients(self, step: int) -> None:
+        """Behind whatever averages them."""
+        for latent, kept in self._kept:
+            if latent.grad is not None:
+                latent.grad.mul_(kept.to(latent.grad.device))
 
 
 def check_uncoded(sites: Sequence[Site]) -> None:

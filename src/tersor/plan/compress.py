@@ -146,8 +146,8 @@ def _finish(bench: Bench, recipe: list[dict[str, Any]] | None) -> Result:
     report["met"] = not (over or short)
     report["training"] = bench.log.report() if bench.log else []
     bench.folder.tidy()
-    bench.folder.forget_trainings()
     finish(report, bench.folder.path, bench.study.task)
+    bench.folder.forget_trainings()
     kept = f"the file and its report are kept in {bench.folder.path}"
     if over:
         raise BudgetError(

@@ -51,7 +51,7 @@ class RunFolder:
         return self.path / "training" / name
 
     def forget_trainings(self) -> None:
-        """Behind a run that has come to its end, met or not."""
+        """Behind a run that has its file and its report."""
         shutil.rmtree(self.path / "training", ignore_errors=True)
 
     def tidy(self) -> None:

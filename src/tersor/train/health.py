@@ -70,25 +70,42 @@ def _largest(number: Tensor) -> float:
     return float(number.abs().max())
 
 
-class Alive:
-    """Counts batches to all rows of which a network gives the same answer, though it should not."""
+class Alive(Regime):
+    """Stops a training that has come to one and the same answer for all rows of every batch.
+
+    `look` is called with what the network says. Raises ModelError in `gradients`, behind the
+    twentieth batch in a row for whose rows different answers were wanted.
+    """
 
     def __init__(self) -> None:
-        self._in_a_row = 0
+        self._steps = self._in_a_row = 0
 
-    def check(self, outputs: Tensor, wanted: Tensor | None) -> None:
-        """Raises ModelError for the twentieth in a row.
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """For the error."""
+        self._steps = steps
 
-        outputs: (rows, ...); wanted: (rows, ...) labels or answers, None where they are not known
-        """
+    def look(self, outputs: Tensor, wanted: Tensor | None) -> None:
+        """outputs: (rows, ...). wanted: (rows, ...) labels or answers, None where not known"""
         alike = _alike(outputs) and not (wanted is None or _alike(wanted))
         self._in_a_row = self._in_a_row + 1 if alike else 0
-        if self._in_a_row == _DEAD:
+
+    def gradients(self, step: int) -> None:
+        """Looks whether it was too often."""
+        if self._in_a_row >= _DEAD:
             raise ModelError(
-                f"training stopped: for {_DEAD} batches the network has given the same answer to "
-                f"all of their rows, so no input reaches its end; {_BACK}. Use a lower rate, ask "
-                "for more bits or less sparsity, or look for layers whose outputs are all zero"
+                f"training stopped in step {step + 1} of {self._steps}: for {self._in_a_row} "
+                "batches the network has given the same answer to all of their rows, so no input "
+                f"reaches its end; {_BACK}. Use a lower rate, ask for more bits or less sparsity, "
+                "or look for layers whose outputs are all zero"
             )
+
+    def state(self) -> dict[str, Any]:
+        """How often so far."""
+        return {"in_a_row": self._in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self._in_a_row = state["in_a_row"]
 
 
 def _alike(rows: Tensor) -> bool:

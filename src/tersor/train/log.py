@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor
 
 from tersor.errors import OutputError
 from tersor.progress import Bar
@@ -72,8 +72,7 @@ class TrainingLog:
     folder: where checkpoints go; the same recipe with the same folder goes on where it was killed.
         None keeps none
     minutes: between two checkpoints inside an epoch; there is one behind each epoch
-    name, about: of the training in hand, set by `run`, and what else tells it from others, set by
-        the technique
+    name, about: of the training in hand, set by `run`, and its options, noted by the technique
     show: draw a progress bar with the time that remains, if standard error is a terminal
     together: makes what joins this process with others in each training, as `Averaging`: every one
         learns from its rows of each batch, and all end with the same weights. Each has to run the
@@ -141,16 +140,16 @@ class TrainingLog:
             for name, c in self.curves.items()
         ]
 
-    def rescue(self, model: nn.Module) -> Path | None:
-        """Keeps the best state of a training that failed; None where nothing is kept.
+    def rescue(self, weights: Mapping[str, Tensor]) -> Path | None:
+        """Keeps the best state of a training that failed, as a file of safetensors.
 
-        A file of safetensors with the names of the network's `state_dict`.
+        None without a folder, or where it cannot be written.
         """
         if self.path is None:
             return None
         path = self.path.with_suffix("").with_suffix(".best.safetensors")
         try:
-            checkpoint.store_tensors(path, model.state_dict())
+            checkpoint.store_tensors(path, weights)
         except OutputError:
             # The error that is on its way says more.
             return None

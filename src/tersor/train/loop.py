@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,14 @@ from tersor.train.lessons import Lesson, Lessons
 from tersor.train.log import Curve, TrainingLog
 from tersor.train.regime import Regime
 from tersor.train.resuming import identity_of, last_kept, resume, state_of
-from tersor.train.states import Average, Snapshot, random_numbers, set_random_numbers, statistics
+from tersor.train.states import (
+    Average,
+    Snapshot,
+    plain_state,
+    random_numbers,
+    set_random_numbers,
+    statistics,
+)
 from tersor.train.training import Training
 
 
@@ -69,7 +77,8 @@ def fit(
     log: where it shows itself, and is kept; it goes on from what is kept there. Bit by bit as if
         never killed, if batches depend on `generator` and torch's own random numbers alone
 
-    Raises TaskError without batches, ModelError where training fails: a loss or a gradient that is
+    Raises TaskError without batches, and for fewer than a regime was told that follows a plan over
+    all of them; ModelError where training fails: a loss or a gradient that is
     not finite, a loss that explodes, gradients that are gone. The best state so far is back then,
     as it is after whatever else stops the training; a log with a folder keeps it there too.
     """
@@ -86,7 +95,7 @@ def fit(
         # What was kept of the training leads to the same failure; its best state does not.
         run.log.forget()
         run.kept.restore()
-        path = run.log.rescue(model) if run.best_epoch else None
+        path = run.rescue()
         if path is not None:
             error.args = (
                 f"{error}. The network as it was behind epoch {run.best_epoch} is in {path}",
@@ -166,9 +175,17 @@ class Run:
                 self._judge()
                 self._store()
 
+    def rescue(self) -> Path | None:
+        """Where the best state is kept, if it is more than the start and the network shows it."""
+        own = {id(parameter) for parameter in self.model.parameters()}
+        if not self.best_epoch or not any(id(parameter) in own for parameter in self.trained):
+            return None
+        return self.log.rescue(plain_state(self.model))
+
     def _check_whole(self) -> None:
         """Raises TaskError for fewer batches than regimes were told, who set their pace by it."""
-        if self.regimes and self.batches < len(self.lessons):
+        paced = any(regime.paced for regime in self.regimes)
+        if paced and self.batches < len(self.lessons):
             raise TaskError(
                 f"epoch {self.epoch + 1} had {self.batches} batches of {len(self.lessons)}: the "
                 "loader gives fewer than it says, and what happens over the whole training would "

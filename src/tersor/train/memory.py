@@ -142,7 +142,8 @@ def hash_of(network: nn.Module) -> str:
     path = getattr(network, "path", None)
     if not tensors and isinstance(path, Path):
         # Weights may lie beside it, as those of large ONNX files and of OpenVINO's do.
-        for file in (path, path.with_name(f"{path.name}.data"), path.with_suffix(".bin")):
+        beside = path.with_suffix(".bin") if path.suffix == ".xml" else f"{path}.data"
+        for file in (path, Path(beside)):
             if file.exists():
                 with file.open("rb") as opened:
                     digest.update(hashlib.file_digest(opened, "sha256").digest())

@@ -12,12 +12,16 @@ class Regime:
     """Does nothing; a regime overrides what it needs. `fit` and the callbacks call it in turn.
 
     alone: whether no other process takes part
+    paced: whether what it does follows a plan over all steps, which then have to come
+    chooses: whether it chooses by the weights, which have to be the same on all processes then
 
     Its work may stretch over the whole training, as that of a mask that grows: no state counts as
     the result before `settled`.
     """
 
     alone = True
+    paced = False
+    chooses = False
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Before the first step of `steps`; also of a training that is about to be resumed."""

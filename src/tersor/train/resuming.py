@@ -16,7 +16,7 @@ from tersor.train.states import put, random_numbers, set_random_numbers
 if TYPE_CHECKING:
     from tersor.train.loop import Run
 
-_PLAIN = (int, float, str, bool, type(None))
+_PLAIN = (int, float, str, bool, tuple, type(None))
 
 
 def identity_of(run: Run) -> str:

@@ -17,6 +17,19 @@ def statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for buffer in model.buffers() if id(buffer) not in stored]
 
 
+@torch.no_grad()
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The network's `state_dict` with each held weight as it computes, by its own name."""
+    forms = dict(held(model))
+    inner = tuple(f"{name}_form." for name in forms)
+    plain = {
+        name: value
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor) and not name.startswith(inner)
+    }
+    return plain | {name: form.dense() for name, form in forms.items()}
+
+
 class Snapshot:
     """The values of tensors at some time."""
 

@@ -29,7 +29,7 @@ from tersor.measure.running import evaluating, unfused
 from tersor.methods.asked import held_out_of
 from tersor.methods.learning import learn
 from tersor.methods.masking import masked, schooling
-from tersor.methods.sparse import check_uncoded, keep_zeros, sparse_form
+from tersor.methods.sparse import Zeros, check_uncoded, keep_zeros, sparse_form
 from tersor.recipe import Outcome, method
 from tersor.surgery.grids import grid_of, grids, put, remove
 from tersor.surgery.walk import Patterns, Site, in_execution_order, kind_of, vectors, walk
@@ -100,11 +100,15 @@ def lsq(
             rate=_RATE,
             training=training,
             generator=order,
-            regimes=[bounds(model, sites), *([Noise(forms, noise, order)] if noise < 1 else [])],
+            regimes=[
+                Zeros([trained(site).latent for site in sites if pruned[site.name] is not None]),
+                bounds(model, sites),
+                *([Noise(forms, noise, order)] if noise < 1 else []),
+            ],
             log=log,
             batch_norms=task.has_train,
         )
-    freeze(model, sites, pruned)
+        freeze(model, sites, pruned)
     labelled = "labels and " if task.has_train else ""
     return model, {"trained_on": f"{labelled}answers of the original", **outcome}
 

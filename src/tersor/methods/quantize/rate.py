@@ -25,7 +25,7 @@ from tersor.forms.rounded import Rounded
 from tersor.methods import rates
 from tersor.methods.learning import learn
 from tersor.methods.masking import masked, schooling
-from tersor.methods.sparse import check_uncoded, released
+from tersor.methods.sparse import Zeros, check_uncoded, released, sparse_form
 from tersor.recipe import Outcome, method
 from tersor.surgery.fold import absorb_statistics
 from tersor.surgery.walk import Patterns, Site, vectors, walk
@@ -81,6 +81,7 @@ def rate(
     lessons, teacher = schooling("quantize.rate", model, task, original, labels, _TEMPERATURE)
     sites = walk(model, include, exclude)
     check_uncoded(sites)
+    sparse = [site for site in sites if sparse_form(site.form) is not None]
     absorb_statistics(model)
     others = vectors(model, include, exclude)
     with masked(model, [*sites, *others], start):
@@ -96,7 +97,7 @@ def rate(
             rate=rate,
             training=training,
             generator=generator,
-            regimes=[spending],
+            regimes=[spending, Zeros([rounded(site).latent for site in sparse])],
             log=log,
             batch_norms=False,
         )
@@ -112,6 +113,8 @@ class Spending(Regime):
     forms: those whose bits count
     bits: for each of their weights in the end
     """
+
+    paced = True
 
     def __init__(self, forms: Sequence[Rounded], bits: float) -> None:
         self._forms, self._bits = forms, bits

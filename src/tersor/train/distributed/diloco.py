@@ -111,6 +111,8 @@ class LocalUpdates(Together):
     Raises OptionError in `begin` without a process group, and where networks differ.
     """
 
+    paced = apart = True
+
     def __init__(self, settings: DiLoCo | None = None, *, group: Group = None) -> None:
         super().__init__(group)
         self._settings = settings or DiLoCo()
@@ -121,7 +123,7 @@ class LocalUpdates(Together):
         """Every process starts from the weights of the first."""
         self._model, self._steps = model, steps
         self._trained = [*trained_of(model), *self.beside]
-        begin_alike(model, self._group)
+        begin_alike(model, self.group)
         self._outer = Outer(self._trained, self._settings)
 
     def after(self, step: int) -> None:
@@ -131,10 +133,10 @@ class LocalUpdates(Together):
         if self._alone < self._settings.every and step + 1 < self._steps:
             return
         talk = self._compressor.average(self._outer.moved(self._trained))
-        averaged, sent = in_processes(talk, self._group)
+        averaged, sent = in_processes(talk, self.group)
         self._outer.step(averaged)
         put(self._trained, self._outer.weights)
-        self.traffic.sent += sent + average_statistics(self._model, self._group)
+        self.traffic.sent += sent + average_statistics(self._model, self.group)
         self._alone = 0
 
     @property

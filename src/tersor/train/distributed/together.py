@@ -34,15 +34,17 @@ class Together(Regime):
 
     group: of processes; None means all
     traffic: what this one has sent
+    apart: whether weights differ between steps
     beside: parameters that are trained too and are none of the network's, alike on all processes
     """
 
     alone = False
+    apart = False
 
     def __init__(self, group: Group = None) -> None:
         self.traffic = Traffic()
         self.beside: Sequence[nn.Parameter] = ()
-        self._group = group
+        self.group = group
         self._calls = 0
 
     def due(self, due: bool) -> bool:
@@ -50,14 +52,14 @@ class Together(Regime):
         self._calls += 1
         if self._calls % _ASKING:
             return False
-        own = torch.tensor([float(due)], device=_device(self._group))
-        return float(in_processes(mean([own]), self._group)[0][0]) > 0
+        own = torch.tensor([float(due)], device=_device(self.group))
+        return float(in_processes(mean([own]), self.group)[0][0]) > 0
 
     def common(self, places: Sequence[int] | None) -> Sequence[int] | None:
         """Those that every process has. Raises OptionError where only some keep checkpoints."""
         own = [places is not None, *(places or ()), -1, -1][: 1 + _KEPT]
-        numbers = torch.tensor(own, dtype=torch.int64, device=_device(self._group))
-        found, _ = in_processes(gathered([numbers], _numbers), self._group)
+        numbers = torch.tensor(own, dtype=torch.int64, device=_device(self.group))
+        found, _ = in_processes(gathered([numbers], _numbers), self.group)
         keeping = [bool(one[0]) for one in found]
         if not all(keeping):
             if any(keeping):
@@ -88,7 +90,7 @@ class Averaging(Together):
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
         self._model, self._trained = model, [*trained_of(model), *self.beside]
-        begin_alike(model, self._group)
+        begin_alike(model, self.group)
 
     def gradients(self, step: int) -> None:
         """Puts the mean in the place of each gradient; one that is None counts as zero."""
@@ -96,7 +98,7 @@ class Averaging(Together):
             torch.zeros_like(weight) if weight.grad is None else weight.grad
             for weight in self._trained
         ]
-        averaged, sent = in_processes(self._compressor.average(own), self._group)
+        averaged, sent = in_processes(self._compressor.average(own), self.group)
         for weight, gradient in zip(self._trained, averaged, strict=True):
             weight.grad = gradient
         self.traffic.sent += sent
@@ -104,7 +106,7 @@ class Averaging(Together):
 
     def enforce(self) -> None:
         """Averages what batch norms remember of each process's batches."""
-        self.traffic.sent += average_statistics(self._model, self._group)
+        self.traffic.sent += average_statistics(self._model, self.group)
 
     def state(self) -> dict[str, Any]:
         """Of this process; another's differs."""
