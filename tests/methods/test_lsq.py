@@ -13,6 +13,7 @@ from tersor.forms.grid import Grid
 from tersor.measure import divergence_of, reference_outputs
 from tersor.methods import run
 from tersor.methods.quantize.lsq import Noise, lsq
+from tersor.methods.sparse import Zeros
 from tersor.surgery import walk
 from tersor.surgery.grids import grid_of, grids
 from tersor.task import Task, classification
@@ -134,6 +135,24 @@ def test_pruned_weights_stay_zero_and_cheap(net):
         assert not after.weight[zeros].any()
         assert not torch.equal(after.weight, before.weight)
         assert after.form.stored_bits() < other.form.stored_bits()
+
+
+@pytest.mark.parametrize("method", ["quantize.lsq", "quantize.rate"])
+def test_gradients_of_zeros_are_gone_whatever_averages_them(net, method, monkeypatch):
+    # Processes that send thin matrices get gradients that are zero nowhere.
+    seen, real = [], Zeros.gradients
+
+    def filled(self, step):
+        for latent, kept in self._kept:
+            latent.grad.fill_(1.0)
+            seen.append((latent.grad, kept))
+        real(self, step)
+
+    monkeypatch.setattr(Zeros, "gradients", filled)
+    prune = {"method": "prune.magnitude", "options": {"sparsity": 0.6}}
+    run(net, [prune, {"method": method, "options": {"epochs": 1}}], task())
+    assert len(seen) == 4 * 8
+    assert all(torch.equal(slope != 0, kept) and not kept.all() for slope, kept in seen[-4:])
 
 
 def test_layers_called_by_keyword_get_grids_too():
