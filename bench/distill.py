@@ -24,7 +24,7 @@ from tersor.train import Labels, fit
 
 EPOCHS = {"teacher": 30, "student": 40}
 RATE = 1e-3
-BATCH = 64
+BATCH = {"teacher": 256, "student": 64}
 TEMPERATURE = 20.0
 HELD_OUT = 1000
 
@@ -66,7 +66,9 @@ def main() -> None:
     torch.set_num_threads(parser.parse_args().threads)
     (pictures, labels), test = images("train"), images("test")
     train = pictures[:-HELD_OUT], labels[:-HELD_OUT]
-    task = classification(train=train, test=test, holdout=pictures[-HELD_OUT:], batch_size=BATCH)
+    task = classification(
+        train=train, test=test, holdout=pictures[-HELD_OUT:], batch_size=BATCH["student"]
+    )
     errors, seconds = {}, {}
 
     def count(name: str, model: nn.Module, start: float) -> None:
@@ -76,7 +78,7 @@ def main() -> None:
         print(f"{name}: {errors[name]} errors, {seconds[name]} s", flush=True)
 
     start = time.perf_counter()
-    shifted = classification(train=Shifted(*train, batch=BATCH), test=test)
+    shifted = classification(train=Shifted(*train, batch=BATCH["teacher"]), test=test)
     teacher = learned(network(1200, dropout=True, seed=0), shifted, EPOCHS["teacher"])
     count("teacher", teacher, start)
 
