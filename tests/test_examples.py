@@ -35,6 +35,7 @@ def stored(path: Path) -> dict[str, dict[str, float]]:
     return read_header(path).metrics
 
 
+@pytest.mark.slow
 def test_tabular_keeps_its_accuracy_in_a_tenth_of_the_size():
     pytest.importorskip("sklearn", reason="scikit-learn bundles the table")
     path = run("tabular")

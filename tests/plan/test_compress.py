@@ -144,6 +144,7 @@ def test_a_second_run_for_a_runtime_measures_no_choice_again(trained, task, tmp_
     assert compress(trained, task, budget, run=tmp_path / "run").path.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_run_stopped_at_any_trial_goes_on_where_it_was(trained, task, tmp_path, monkeypatch):
     budget, real = "size=0.4x, drop=30", Bench.write
     calls = []
