@@ -19,7 +19,7 @@ def record(name: str, figures: dict[str, Any], *, packages: tuple[str, ...] = ()
     """
     script = Path(sys.argv[0]).resolve()
     content = {
-        "command": " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"{script.parent.name}/{script.name}", *_arguments()]),
         "versions": {
             "python": platform.python_version(),
             **_versions("torch", "tersor", *packages),
@@ -34,6 +34,12 @@ def record(name: str, figures: dict[str, Any], *, packages: tuple[str, ...] = ()
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _arguments() -> list[str]:
+    """Without the places of this machine."""
+    given = sys.argv[1:]
+    return [Path(each).name if Path(each).is_absolute() else each for each in given]
 
 
 def _versions(*packages: str) -> dict[str, str]:

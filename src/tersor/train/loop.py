@@ -78,9 +78,9 @@ def fit(
         never killed, if batches depend on `generator` and torch's own random numbers alone
 
     Raises TaskError without batches, and for fewer than a regime was told that follows a plan over
-    all of them; ModelError where training fails: a loss or a gradient that is
-    not finite, a loss that explodes, gradients that are gone. The best state so far is back then,
-    as it is after whatever else stops the training; a log with a folder keeps it there too.
+    all of them; ModelError where training fails: a loss or a gradient that is not finite, a loss
+    that explodes, gradients that are gone. The best state so far is back then, as it is after
+    whatever else stops the training; behind a ModelError a log with a folder keeps it there too.
     """
     if not len(lessons):
         raise TaskError("there are no batches to train on; give the task train=(inputs, targets)")

@@ -27,7 +27,7 @@ TORCH_HOOKS: Mapping[str, int] = {
     "bf16_compress": 2,
     "powerSGD": 4,
 }
-"""torch's communication hooks by the names of their functions, and bytes of a value they send.
+"""torch's communication hooks by the names of their functions, and bytes of a value, at most.
 
 Its batched PowerSGD is not among them: in torch 2.13 it fails in its first step.
 """
@@ -91,7 +91,7 @@ class _TorchHook:
     """One of torch's hooks, and the bytes it hands over.
 
     state: what torch calls the hook with: of PowerSGD its own, of the others the group
-    size: bytes of a value
+    size: bytes of a value, at most
     """
 
     function: Callable[[Any, Any], Any]
@@ -103,13 +103,13 @@ class _TorchHook:
         """A promise of the bucket's averaged gradients."""
         buffer = bucket.buffer()
         self.traffic.plain += plain_bytes([buffer])
-        state = self.state
+        state, size = self.state, min(self.size, buffer.element_size())
         if not hasattr(state, "start_powerSGD_iter") or state.iter < state.start_powerSGD_iter:
-            self.traffic.sent += self.size * buffer.numel()
+            self.traffic.sent += size * buffer.numel()
             return self.function(state, bucket)
         before = state.total_numel_after_compression
         promise = self.function(state, bucket)
-        self.traffic.sent += self.size * (state.total_numel_after_compression - before)
+        self.traffic.sent += size * (state.total_numel_after_compression - before)
         return promise
 
 
