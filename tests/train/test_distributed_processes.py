@@ -3,7 +3,6 @@
 This file is also the program of those processes: `python THIS rank folder`.
 """
 
-import subprocess
 import sys
 from contextlib import suppress
 from functools import partial
@@ -41,6 +40,7 @@ from tersor.train.distributed import (
     together,
     world,
 )
+from train.processes import results_of
 
 WORKERS, EPOCHS = 2, 2
 FLAT = Training(schedule="constant", warmup=0.0, clip=1e9)
@@ -235,15 +235,7 @@ def main(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
     """Results of both processes, by scenario."""
-    folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, __file__]
-    running = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(WORKERS)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * WORKERS, "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORKERS)]
+    return results_of(__file__, tmp_path_factory.mktemp("processes"), WORKERS)
 
 
 def simulated(compressor, **options):

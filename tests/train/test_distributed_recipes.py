@@ -3,7 +3,6 @@
 This file is also the program of those processes: `python THIS rank folder`.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from tersor.train.distributed import (
     Uncompressed,
     world,
 )
+from train.processes import results_of
 
 WORKERS = 2
 RECIPES = {
@@ -99,15 +99,7 @@ def main(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
     """Results of both processes, by recipe."""
-    folder = tmp_path_factory.mktemp("recipes")
-    command = [sys.executable, __file__]
-    running = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(WORKERS)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * WORKERS, "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORKERS)]
+    return results_of(__file__, tmp_path_factory.mktemp("recipes"), WORKERS)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,0 +1,28 @@
+"""Runs a test file as the program of several processes: `python FILE rank folder`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TESTS = Path(__file__).parents[1]
+
+
+def results_of(program: str, folder: Path, workers: int) -> list[Any]:
+    """What each rank has stored as `<rank>.pt` in the folder."""
+    search = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    running = [
+        subprocess.Popen(
+            [sys.executable, program, str(rank), str(folder)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": search},
+        )
+        for rank in range(workers)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * workers, "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers)]
