@@ -9,6 +9,7 @@ import zoo
 from tersor.errors import TaskError
 from tersor.forms import Affine
 from tersor.measure import macs
+from tersor.measure.macs import _RULES
 from tersor.program.interpreter import Interpreted
 from tersor.program.trace import trace
 from tersor.surgery import walk
@@ -217,3 +218,11 @@ def test_interpreted_network_has_the_macs_of_the_original():
     net, x = zoo.CifarResNet(8).eval(), torch.zeros(2, 3, 32, 32)
     again = Interpreted(trace(net, (x,)), net)
     assert macs(again, x) == macs(net, x)
+
+
+@pytest.mark.parametrize("name", ["two-layer bidirectional LSTM", "LSTM with projection", "GRU"])
+def test_what_a_gpu_does_in_one_operator_counts_as_much(name):
+    net, inputs, expected = WORKED[name]
+    x = inputs[0].transpose(0, 1) if net.batch_first else inputs[0]
+    rule = _RULES[torch.ops.aten._cudnn_rnn]
+    assert rule((), x, net._flat_weights, 4, None) == expected

@@ -16,7 +16,7 @@ def results_of(program: str, folder: Path, workers: int) -> list[Any]:
     search = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     running = [
         subprocess.Popen(
-            [sys.executable, program, str(rank), str(folder)],
+            [sys.executable, "-X", "faulthandler", program, str(rank), str(folder)],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": search},
@@ -24,5 +24,6 @@ def results_of(program: str, folder: Path, workers: int) -> list[Any]:
         for rank in range(workers)
     ]
     errors = [process.communicate(timeout=300)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * workers, "\n".join(errors)
+    codes = [process.returncode for process in running]
+    assert codes == [0] * workers, "\n".join([f"they ended with {codes}", *errors])
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers)]

@@ -238,7 +238,7 @@ def ends(tmp_path_factory):
     return results_of(__file__, tmp_path_factory.mktemp("processes"), WORKERS)
 
 
-def simulated(compressor, **options):
+def simulated(compressor, workers=WORKERS, **options):
     model = net()
     done = simulate(
         model,
@@ -246,7 +246,7 @@ def simulated(compressor, **options):
         lessons(),
         partial(loss_of, model),
         compressor=compressor,
-        workers=WORKERS,
+        workers=workers,
         epochs=EPOCHS,
         generator=torch.Generator().manual_seed(1),
         training=FLAT,

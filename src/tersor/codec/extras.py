@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -71,16 +72,16 @@ class Extras:
                 found[name] = (outputs,)
         return found
 
-    def put_into(self, model: nn.Module) -> None:
+    def put_into(self, model: nn.Module, where: torch.device) -> None:
         """Folds the norms away and puts the grids and scalings."""
         for path in self.folded:
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, FoldedNorm())
+            setattr(model.get_submodule(parent), name, FoldedNorm().to(where))
         for path, scaling in self.scalings.items():
-            put_scaling(model.get_submodule(path), scaling)
+            put_scaling(model.get_submodule(path), scaling.to(where))
         # Inputs before outputs, as techniques do it: the order of children is that of a file.
-        for (owner, where), grid in sorted(self.grids.items(), key=lambda item: item[0][1]):
-            put(model.get_submodule(owner), where, grid)
+        for (owner, side), grid in sorted(self.grids.items(), key=lambda item: item[0][1]):
+            put(model.get_submodule(owner), side, grid.to(where))
 
 
 def taken_out(items: Iterable[Item]) -> tuple[Extras, list[Item]]:

@@ -28,7 +28,8 @@ def place(model: nn.Module, items: Iterable[Item], structure: Structure) -> None
 
     structure: of the saved network, which `model` gets first
 
-    Raises FileError, before changing anything, unless names and shapes are the same then.
+    All come to where its own tensors are, to the CPU where these are on the meta device. Raises
+    FileError, before changing anything, unless names and shapes are the same then.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -39,15 +40,17 @@ def place(model: nn.Module, items: Iterable[Item], structure: Structure) -> None
     _restructure(trial, structure, items)
     items = _under_all_names(trial, items)
     _check(trial, {name: item for entry, item in items for name in entry.names}, extras)
+    where = _device_of(model)
     if trial is not model:
         _restructure(model, structure, items)
-    extras.put_into(model)
+    extras.put_into(model, where)
     # All of them first: a layer that holds a form already is of a class that cannot be baked.
     for entry, _ in items:
         for name in entry.names:
             path, leaf = split_name(name)
             bake(model.get_submodule(path), leaf)
-    for entry, item in items:
+    for entry, found in items:
+        item: Tensor | Form = found.to(where)
         shared: nn.Parameter | None = None
         for name in entry.names:
             path, leaf = split_name(name)
@@ -58,6 +61,11 @@ def place(model: nn.Module, items: Iterable[Item], structure: Structure) -> None
                 setattr(layer, leaf, item)
             else:
                 shared = _set(layer, leaf, item, shared)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
 
 
 def _hollow(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from tersor.errors import ModelError, OptionError, TaskError
 from tersor.federated.accountant import epsilon
 from tersor.federated.layout import length
 from tersor.federated.options import check_count, check_number
-from tersor.task import Inputs, Task
+from tersor.task import Inputs, Task, placed
 from tersor.task.data import apply, tensors_of
 
 _AT_ONCE = 256
@@ -183,6 +183,7 @@ def per_sample(model: nn.Module, task: Task, inputs: Inputs, targets: Tensor) ->
             f"samples of a {task.kind} task cannot be told apart; use Privacy, which protects "
             "clients"
         )
+    inputs = placed(model, inputs)
     fixed = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
     buffers = dict(model.named_buffers())
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}

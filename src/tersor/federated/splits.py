@@ -32,6 +32,7 @@ def by_dirichlet(
     """
     check_number("alpha", alpha, above=0.0)
     _check(labels, clients)
+    labels = labels.cpu()
     seed = int(torch.randint(2**62, (), generator=generator))
     random = np.random.default_rng(seed)
     parts: list[list[int]] = [[] for _ in range(clients)]
@@ -59,6 +60,7 @@ def by_shards(
     """
     check_count("shards", shards)
     _check(labels, clients * shards)
+    labels = labels.cpu()
     mixed = torch.randperm(len(labels), generator=generator)
     order = mixed[labels[mixed].argsort(stable=True)]
     runs = order.tensor_split(clients * shards)

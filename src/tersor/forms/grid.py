@@ -60,7 +60,8 @@ class Grid(Rounding):
         if not isinstance(bits, int) or not 2 <= bits <= 8:
             raise OptionError(f"bits={bits!r} for activations; choose a whole number from 2 to 8")
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32).detach().clone())
-        self.register_buffer("zero", torch.tensor(int(zero), dtype=torch.int32))
+        where = self.get_buffer("scale").device
+        self.register_buffer("zero", torch.tensor(int(zero), dtype=torch.int32, device=where))
         self.scale: Tensor
         self.zero: Tensor
         if self.scale.shape or not 0 < float(self.scale) < math.inf:

@@ -156,7 +156,7 @@ def compare(before: nn.Module, after: nn.Module, task: Task, *, seed: int = 0) -
         if task.has_test:
             for number, (inputs, targets) in enumerate(task.test(), 1):
                 rows = _look(before, after, task, inputs, f"test batch {number}", seen)
-                targets = task.targets(inputs, targets)
+                targets = task.targets(inputs, targets).cpu()
                 note_statistics(seen.before, task, rows[0], targets)
                 note_statistics(seen.after, task, rows[1], targets)
                 seen.targets.append(targets)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tersor.forms.form import Form
 from tersor.measure.figures import Figures
 from tersor.measure.running import Inputs, Watching, batch_of, evaluating, tensors_in, unfused
-from tersor.task import call
+from tersor.task import call, placed
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def macs(model: nn.Module, inputs: Inputs) -> Macs:
     with evaluating(model), unfused():
         counter = _Counter(model)
         with counter.follow(model), counter:
-            call(model, inputs)
+            call(model, placed(model, inputs))
     counts = {path: n for path, n in counter.counts.items() if n}
     return Macs(sum(counts.values()), batch_of(inputs), counts)
 
@@ -155,6 +155,11 @@ def _recurrent(out: Any, x: Tensor, inputs: Tensor, hidden: Tensor, *_: Any) -> 
     return math.prod(x.shape[:2]) * (inputs.numel() + hidden.numel())
 
 
+def _recurrences(out: Any, x: Tensor, weights: list[Tensor], *_: Any) -> int:
+    """The same through the matrices of all layers; of packed sequences (steps, width)."""
+    return math.prod(x.shape[:-1]) * sum(w.numel() for w in weights if w.dim() == 2)
+
+
 def _trilinear(out: Tensor, left: Tensor, weight: Tensor, right: Tensor, *_: Any) -> int:
     """Bilinear, weight (outputs, a, b): the matrix of each output times `right`, then `left`."""
     outputs, a, b = weight.shape
@@ -181,5 +186,6 @@ _RULES: dict[Any, Callable[..., int]] = {
     _A._scaled_dot_product_cudnn_attention: _attention,
     _A._scaled_dot_product_fused_attention_overrideable: _attention,
     _A.mkldnn_rnn_layer: _recurrent,
+    _A._cudnn_rnn: _recurrences,
     _A._trilinear: _trilinear,
 }

@@ -17,7 +17,7 @@ from tersor.measure.figures import Figures
 from tersor.measure.running import Inputs, Watching, evaluating, tensors_in
 from tersor.measure.size import stored_tensors
 from tersor.surgery.hold import held
-from tersor.task import call
+from tersor.task import call, placed
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def peak_memory(model: nn.Module, inputs: Inputs) -> Memory:
     Scratch space inside an operator is not seen, nor is what the allocator keeps; see
     `process_peak_rss` for those.
     """
+    inputs = placed(model, inputs)
     with evaluating(model):
         # Decoded weights count as weights, though operators give views of them.
         weights = [form.value() for _, form in held(model)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersor.forms.form import rows
-from tersor.measure.running import Watching
+from tersor.measure.running import Watching, differentiable_recurrence
 from tersor.surgery.walk import Site
 
 _aten = torch.ops.aten
@@ -106,7 +106,7 @@ def unfused_recurrence(model: nn.Module) -> Iterator[None]:
     with warnings.catch_warnings():
         # That Intel's GPUs could do something else, whatever is asked for.
         warnings.filterwarnings("ignore", message=".*oneDNN.*")
-        with torch.backends.mkldnn.flags(enabled=False):
+        with torch.backends.mkldnn.flags(enabled=False), differentiable_recurrence(model):
             yield
 
 

@@ -43,7 +43,7 @@ def quality(model: nn.Module, task: Task, *, seed: int = 0) -> dict[str, Estimat
         for number, (inputs, targets) in enumerate(task.test(), 1):
             outputs = task.predict(model, inputs).cpu()
             check_outputs(outputs, model, f"test batch {number}")
-            note_statistics(statistics, task, outputs, task.targets(inputs, targets))
+            note_statistics(statistics, task, outputs, task.targets(inputs, targets).cpu())
     return estimates({name: torch.cat(parts) for name, parts in statistics.items()}, task, seed)
 
 

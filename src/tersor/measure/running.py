@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.errors import ModelError, OptionError
 from tersor.surgery.hold import decoded
-from tersor.task import call, evaluation_mode
+from tersor.task import call, device_of, evaluation_mode, placed
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Runner = Callable[[], object]
@@ -55,8 +55,21 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def runner(model: nn.Module, inputs: Inputs) -> Iterator[Runner]:
     """A call without arguments that runs `model` on `inputs`, for as long as the block lasts."""
+    inputs, device = placed(model, inputs), device_of(model)
+
+    def run() -> object:
+        outputs = call(model, inputs)
+        wait(device)
+        return outputs
+
     with evaluating(model):
-        yield lambda: call(model, inputs)
+        yield run
+
+
+def wait(device: torch.device) -> None:
+    """Until all is computed that a GPU was asked for: its operators return before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -96,6 +109,42 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers that pass gradients in evaluation mode too, as those of cuDNN do not."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+@contextmanager
+def whole_floats() -> Iterator[None]:
+    """Products of float32 in all of its bits; of those of convolutions a GPU takes 11 otherwise.
+
+    Whoever has set torch's newer `fp32_precision` keeps what was chosen: the older switches cannot
+    be read then, and with the newer ones changed torch 2.13 exports nothing.
+    """
+    kinds: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    try:
+        before = [kind.allow_tf32 for kind in kinds]
+    except RuntimeError:
+        yield
+        return
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = False
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before, strict=True):
+            kind.allow_tf32 = allowed
 
 
 def batch_of(inputs: Any) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.measure.latency import time_call
+from tersor.measure.running import wait
 from tersor.surgery.chain import chain_for
 from tersor.surgery.links import LINEAR, Ranks, sizes_of, work
 from tersor.surgery.walk import kind_of
@@ -92,5 +93,11 @@ class Clock:
 def _milliseconds(layer: nn.Module, calls: Calls) -> float:
     weight = next(layer.parameters())
     inputs = [torch.zeros(given, dtype=weight.dtype, device=weight.device) for given, _ in calls]
+
+    def run() -> None:
+        for x in inputs:
+            layer(x)
+        wait(weight.device)
+
     with torch.no_grad():
-        return time_call(lambda: [layer(x) for x in inputs], repeats=_REPEATS).median_ms
+        return time_call(run, repeats=_REPEATS).median_ms

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.errors import ModelError, OptionError, TaskError
 from tersor.measure import divergence_of, evaluating, reference_outputs
-from tersor.measure.running import differentiable
+from tersor.measure.running import differentiable, differentiable_recurrence
 from tersor.methods.sparse import sparse_form
 from tersor.recipe import Outcome
 from tersor.surgery.hold import decoded, held
@@ -84,7 +84,12 @@ def learn(
         regimes = [*regimes, alive]
 
     def value(lesson: Lesson) -> Tensor:
-        with _modes(model, chosen, batch_norms), torch.enable_grad(), shown():
+        with (
+            _modes(model, chosen, batch_norms),
+            differentiable_recurrence(model),
+            torch.enable_grad(),
+            shown(),
+        ):
             outputs = task.predict(model, lesson.inputs)
             alive.look(outputs.detach(), lesson.targets if lesson.answer is None else lesson.answer)
             return loss(outputs, lesson)

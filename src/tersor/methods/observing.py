@@ -45,7 +45,7 @@ class Observed:
                 "entropy": entropy_range,
             }[observer]
             low, high = rule(self.histogram)
-        return Grid.spanning(low, high, bits=bits)
+        return Grid.spanning(low, high, bits=bits).to(self.largest.device)
 
     @property
     def dead(self) -> int:

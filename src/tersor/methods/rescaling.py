@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tersor.errors import ModelError
 from tersor.measure import reference_outputs
+from tersor.measure.running import whole_floats
 from tersor.methods.placing import is_linear
 from tersor.surgery.walk import kind_of
 from tersor.task import Task
@@ -85,11 +86,13 @@ class Unchanged:
     def __init__(self, model: nn.Module, task: Task) -> None:
         self._model, self._task = model, task
         self._inputs = [task.example(2)]
-        self._reference = reference_outputs(model, task, self._inputs)
+        with whole_floats():
+            self._reference = reference_outputs(model, task, self._inputs)
 
     def error(self) -> float:
         """The largest change of an output, relative to the largest output."""
-        found = reference_outputs(self._model, self._task, self._inputs)
+        with whole_floats():
+            found = reference_outputs(self._model, self._task, self._inputs)
         pairs = zip(self._reference, found, strict=True)
         gaps = [(a - b).abs().max() / a.abs().max().clamp(min=1e-30) for a, b in pairs]
         return float(torch.stack(gaps).max())

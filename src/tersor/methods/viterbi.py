@@ -32,7 +32,8 @@ def nearest_rings(numbers: Tensor, weights: Tensor, *, bits: int, state_bits: in
     """
     table = values(torch.arange(2**state_bits)).numpy()
     x, w = (
-        np.ascontiguousarray(t.numpy(), np.float32) for t in (numbers, weights.expand_as(numbers))
+        np.ascontiguousarray(t.cpu().numpy(), np.float32)
+        for t in (numbers, weights.expand_as(numbers))
     )
     length = x.shape[1]
     reach = min(_REACH, length // 2)
@@ -42,10 +43,10 @@ def nearest_rings(numbers: Tensor, weights: Tensor, *, bits: int, state_bits: in
         compiled.bitshift_search(
             x, w, table, bits, state_bits, reach, codes.reshape(-1), torch.get_num_threads()
         )
-        return torch.from_numpy(codes)
+        return torch.from_numpy(codes).to(numbers.device)
     for i in range(len(x)):
         codes[i] = _nearest_ring(x[i], w[i], table, bits, reach)
-    return torch.from_numpy(codes)
+    return torch.from_numpy(codes).to(numbers.device)
 
 
 def _nearest_ring(x: Floats, w: Floats, table: Floats, bits: int, reach: int) -> Any:

@@ -17,6 +17,7 @@ from tersor.program.interpreter import Interpreted
 from tersor.program.program import Program
 from tersor.program.trace import trace
 from tersor.surgery.hold import decoded, held, release_all
+from tersor.task import device_of
 
 Example = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
@@ -26,7 +27,7 @@ TOLERANCE = 1e-6
 
 def program_of(model: nn.Module, example: Example) -> Program:
     """Traces the forward pass of `model` and checks it on the example. Raises ExportError."""
-    args, kwargs = call_arguments(example)
+    args, kwargs = _on(device_of(model), call_arguments(example))
     dense = release_all(copy.deepcopy(model)) if next(held(model), None) else model
     program = trace(dense, args, kwargs)
     training = {module: module.training for module in model.modules()}
@@ -60,6 +61,10 @@ def call_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return tuple(example[0]), example[1]
         return tuple(example), {}
     return (example,), {}
+
+
+def _on(device: torch.device, inputs: Any) -> Any:
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
 
 
 def _copied(inputs: Any) -> Any:

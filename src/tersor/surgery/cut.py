@@ -19,7 +19,7 @@ from tersor.surgery.coupling import Coupling, Labelled, Place, Unit
 from tersor.surgery.hold import held
 from tersor.surgery.settling import changed_numbers, memories_of, settled
 from tersor.surgery.structure import Structure, note, resize
-from tersor.task import Inputs
+from tersor.task import Inputs, placed
 
 
 def cut(model: nn.Module, inputs: Inputs, coupling: Coupling, units: Sequence[Unit]) -> nn.Module:
@@ -31,7 +31,7 @@ def cut(model: nn.Module, inputs: Inputs, coupling: Coupling, units: Sequence[Un
     """
     for path, _ in held(model):
         raise ModelError(f'"{path}" is held by a form, which has a fixed shape; cut first')
-    gone = _gone(units)
+    inputs, gone = placed(model, inputs), _gone(units)
     _check(model, gone)
     before = {name: (tensor.data, tensor.grad) for name, tensor in _tensors(model)}
     lost = _gone_ids(coupling, gone)

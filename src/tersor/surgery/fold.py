@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.surgery.tracing import traced
-from tersor.task import Inputs
+from tersor.task import Inputs, device_of
 
 _LAYERS = {
     "aten.linear.default": nn.Linear,
@@ -89,7 +89,7 @@ def fold(model: nn.Module, inputs: Inputs, only: Collection[nn.Module] | None = 
             continue
         _absorb(model.get_submodule(layer_path), norm)
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, FoldedNorm())
+        setattr(model.get_submodule(parent), name, FoldedNorm().to(device_of(norm)))
         pairs.append((layer_path, path))
     return Folded(tuple(pairs), skipped)
 

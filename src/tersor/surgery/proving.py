@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tersor.errors import ModelError
 from tersor.surgery.coupling import Coupling, Group, Place, Unit, couple
 from tersor.surgery.cut import cut
-from tersor.task import Inputs, call, evaluation_mode
+from tersor.task import Inputs, call, evaluation_mode, placed
 
 _SHARE = 0.4
 """Of the units of a group, drawn by lot."""
@@ -36,6 +36,7 @@ def cuttable(model: nn.Module, inputs: Inputs) -> Coupling:
     others differently without them. inputs: one batch. Raises ModelError for a network that cannot
     be traced.
     """
+    inputs = placed(model, inputs)
     coupling, lots = couple(model, inputs), random.Random(0)
     groups, left = list(coupling.groups), dict(coupling.left)
     drawn = [(group, _some(group, lots)) for group in groups]

@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 
 from tersor.errors import ModelError
 from tersor.surgery.recurrent import whole_recurrences
-from tersor.task import Inputs, evaluation_mode
+from tersor.task import Inputs, evaluation_mode, placed
 
 
 def traced(model: nn.Module, inputs: Inputs, then: str) -> ExportedProgram:
@@ -16,6 +16,7 @@ def traced(model: nn.Module, inputs: Inputs, then: str) -> ExportedProgram:
 
     inputs: one batch; then: what follows where it cannot be traced, for the ModelError
     """
+    inputs = placed(model, inputs)
     args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else None
     try:

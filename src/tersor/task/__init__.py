@@ -4,7 +4,7 @@ from tersor.task.audio import audio_classification
 from tersor.task.data import Inputs
 from tersor.task.files import Table, npz_splits, read_npz, read_table
 from tersor.task.images import image_classification, image_folder
-from tersor.task.kinds import call, evaluation_mode
+from tersor.task.kinds import call, device_of, evaluation_mode, placed
 from tersor.task.language import language_model, sentence_pairs
 from tersor.task.makers import classification, regression
 from tersor.task.metrics import Metric
@@ -20,11 +20,13 @@ __all__ = [
     "audio_classification",
     "call",
     "classification",
+    "device_of",
     "evaluation_mode",
     "image_classification",
     "image_folder",
     "language_model",
     "npz_splits",
+    "placed",
     "read_npz",
     "read_pairs",
     "read_table",

@@ -136,7 +136,8 @@ def _normal(pixels: Tensor, constants: Constants) -> Tensor:
         raise OptionError(
             f"mean and std have {constants[0].shape[1]} values for {pixels.shape[1]} channels"
         )
-    return ((pixels - constants[0]) / constants[1]).contiguous()
+    mean, std = (each.to(pixels.device) for each in constants)
+    return ((pixels - mean) / std).contiguous()
 
 
 def _pixel_rows(

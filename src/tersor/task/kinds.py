@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -39,11 +40,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first tensor lies; the CPU where it has none."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 def placed(model: nn.Module, inputs: Inputs) -> Inputs:
     """`inputs` on the model's device."""
-    weights = (*model.parameters(), *model.buffers())
-    device = weights[0].device if weights else torch.device("cpu")
-    return apply(lambda tensor: tensor.to(device), inputs)
+    device = device_of(model)
+    # Of inputs that no task gave, some may be no tensors.
+    return apply(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

@@ -181,7 +181,7 @@ class Task:
         with kinds.evaluation_mode(model):
             for inputs, targets in self._labelled(on):
                 outputs = self.predict(model, inputs).cpu()
-                rows = self.targets(inputs, targets)
+                rows = self.targets(inputs, targets).cpu()
                 for name, metric in self.metrics.items():
                     found[name].append(metric.sample(outputs, rows))
         return {name: m.reduce(torch.cat(found[name])) for name, m in self.metrics.items()}

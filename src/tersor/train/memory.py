@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tersor.files import atomic
-from tersor.task import Inputs, Task
+from tersor.task import Inputs, Task, device_of
 from tersor.task.data import apply, rows_in, tensors_of
 
 MOST_BYTES = 2**30
@@ -45,6 +45,7 @@ class Memory:
         """
         self._folder, self._most = folder, most_bytes
         self._name = fingerprint(network, task)
+        self._device = device_of(network).type
         self._unit = 2 if task.kind == "embedding" else 1
         self._known: dict[bytes, tuple[Path, int]] = {}
         # Mapped into memory once, since an epoch in another order reads from all of them.
@@ -65,7 +66,7 @@ class Memory:
 
     def answered(self, inputs: Inputs, ask: Callable[[Inputs], Tensor]) -> Tensor:
         """The rows of `task.predict` for `inputs`. ask: what gives them for rows that are new"""
-        digests = _digests(inputs, self._unit)
+        digests = _digests(inputs, self._unit, self._device)
         new = [place for place, digest in enumerate(digests) if digest not in self._known]
         self._found += len(digests) - len(new)
         if len(new) == len(digests):
@@ -150,10 +151,12 @@ def hash_of(network: nn.Module) -> str:
     return digest.hexdigest()[: 2 * _DIGEST]
 
 
-def _digests(inputs: Inputs, unit: int) -> list[bytes]:
-    """Of each `unit` rows of inputs: their shapes and types, and the precision of products."""
+def _digests(inputs: Inputs, unit: int, device: str) -> list[bytes]:
+    """Of each `unit` rows of inputs: their shapes and types, and the precision of products there.
+
+    device: its type
+    """
     parts = {name: tensor.detach().cpu() for name, tensor in tensors_of(inputs).items()}
-    device = next(iter(tensors_of(inputs).values())).device.type
     # Answers in few bits are other answers.
     half = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
     found = []

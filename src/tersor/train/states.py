@@ -120,5 +120,5 @@ def random_numbers(device: torch.device) -> list[Tensor]:
 def set_random_numbers(states: Sequence[Tensor], device: torch.device) -> None:
     """The inverse of `random_numbers`."""
     torch.set_rng_state(states[0])
-    for state in states[1:]:
+    for state in states[1:] if device.type == "cuda" else ():
         torch.cuda.set_rng_state(state, device)

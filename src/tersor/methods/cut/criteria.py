@@ -166,7 +166,7 @@ class _Surgery:
     def costs(self, units: list[int]) -> Tensor:
         """Share of the outputs' energy that each of these would cost alone."""
         blocks = self._lines[units]
-        found = torch.zeros(len(units), dtype=torch.float64)
+        found = self._matrix.new_zeros(len(units))
         for matrix, inverse in zip(self._matrix, self._inverse, strict=True):
             parts = matrix[:, blocks].movedim(1, 0)
             inner = inverse[blocks[:, :, None], blocks[:, None, :]]

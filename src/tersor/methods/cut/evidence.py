@@ -16,7 +16,7 @@ from tersor.errors import TaskError
 from tersor.forms.form import rows, unrows
 from tersor.measure import divergence_of, evaluating, reference_outputs
 from tersor.measure.products import Products, unfused_recurrence
-from tersor.measure.running import differentiable, unfused
+from tersor.measure.running import differentiable, differentiable_recurrence, unfused
 from tersor.methods.cut.merging import fitted
 from tersor.methods.cut.ranking import Ranking
 from tersor.methods.cut.removing import End, Removable
@@ -92,7 +92,8 @@ class Evidence:
         found: dict[str, Tensor] = {}
         for layer in layers_of(self._model, self._task, self._sites, samples=self._samples):
             count = layer.matrix.shape[1]
-            own = torch.eye(count)[None] if layer.moments is None else layer.moments.own
+            eye = torch.eye(count, device=layer.matrix.device)
+            own = eye[None] if layer.moments is None else layer.moments.own
             damped = [Metric.damped(each) for each in own]
             found[layer.site.name] = torch.stack([m.block(0, count) for m in damped]).double()
         return found
@@ -135,7 +136,12 @@ class Evidence:
 
     def _pulled(self, losses: Callable[[], Iterator[Tensor]]) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {site.name: [] for site in self._sites}
-        with evaluating(self._model), torch.enable_grad(), differentiable(self._weights):
+        with (
+            evaluating(self._model),
+            differentiable_recurrence(self._model),
+            torch.enable_grad(),
+            differentiable(self._weights),
+        ):
             for loss in losses():
                 slopes = torch.autograd.grad(loss, self._weights, allow_unused=True)
                 for site, weight, slope in zip(self._sites, self._weights, slopes, strict=True):

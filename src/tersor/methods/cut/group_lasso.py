@@ -172,11 +172,12 @@ def pull(sizes: Tensor) -> Tensor:
 
 def _members(group: Group, parameters: Mapping[str, Tensor]) -> list[tuple[Tensor, int, Tensor]]:
     """Parameters, a dimension of each, and (units, indices) of it."""
-    return [
-        (parameters[name], dim, torch.tensor([unit.slices[name, dim] for unit in group.units]))
-        for name, dim in group.places
-        if name in parameters
-    ]
+    found = []
+    for name, dim in group.places:
+        if name in parameters:
+            lines = torch.tensor([unit.slices[name, dim] for unit in group.units])
+            found.append((parameters[name], dim, lines.to(parameters[name].device)))
+    return found
 
 
 def _squares(tensor: Tensor, dim: int) -> Tensor:

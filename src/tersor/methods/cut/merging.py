@@ -80,5 +80,5 @@ def fitted(matrix: Tensor, own: Tensor, cross: Tensor, kept: Tensor) -> Tensor:
 
 
 def _masked(site: Site, kept: Tensor) -> Tensor:
-    matrix = rows(site.weight, site.axis) * kept
+    matrix = rows(site.weight, site.axis) * kept.to(site.weight.device)
     return unrows(matrix, tuple(site.weight.shape), site.axis)

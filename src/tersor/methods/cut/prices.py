@@ -11,9 +11,9 @@ import numpy as np
 from torch import nn
 
 from tersor.measure import macs
-from tersor.measure.running import runner
+from tersor.measure.running import runner, wait
 from tersor.methods.clock import Of
-from tersor.task import Inputs
+from tersor.task import Inputs, device_of
 
 _REPEATS = 20
 
@@ -48,11 +48,14 @@ def _milliseconds(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     }
     times: dict[str, list[float]] = {path: [] for path in ["", *layers]}
     started: dict[str, float] = {}
+    device = device_of(model)
 
     def enter(path: str) -> None:
+        wait(device)
         started[path] = time.perf_counter()
 
     def leave(path: str) -> None:
+        wait(device)
         times[path][-1] += 1000 * (time.perf_counter() - started[path])
 
     with ExitStack() as stack, runner(model, inputs) as run:

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.errors import ModelError, TaskError
 from tersor.measure import evaluating
+from tersor.measure.running import differentiable_recurrence
 from tersor.methods.asked import original_of
 from tersor.methods.learning import learn, lessons_of, trainable
 from tersor.recipe import Outcome, method
@@ -126,7 +127,7 @@ def dream(
     judge = classification(calibration=like)
     found, right = [], 0
     meant = torch.arange(count)
-    with evaluating(teacher), _watched(teacher) as seen:
+    with evaluating(teacher), differentiable_recurrence(teacher), _watched(teacher) as seen:
         classes = judge.predict(teacher, like).shape[1]
         for start in range(0, count, _BATCH):
             wanted = meant[start : start + _BATCH] % classes

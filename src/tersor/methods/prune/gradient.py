@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tersor.errors import ModelError, TaskError
-from tersor.measure.running import unfused
+from tersor.measure.running import differentiable_recurrence, unfused
 from tersor.methods.masks import Sparsity, chosen, prune_by
 from tersor.recipe import Outcome, method
 from tersor.surgery.hold import release_all
@@ -83,7 +83,7 @@ def gradient(
     twin = release_all(plain_copy(model))
     named = {site.name: site for site in walk(twin)}
     weights = [getattr(*named[site.name].uses[0]).requires_grad_(True) for site in found.sites]
-    with evaluation_mode(twin), unfused():
+    with evaluation_mode(twin), unfused(), differentiable_recurrence(twin):
         scores = _SCORES[score](twin, task, weights, samples)
     for site, values in zip(found.sites, scores, strict=True):
         if not bool(values.isfinite().all()):

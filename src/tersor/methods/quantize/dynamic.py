@@ -20,7 +20,7 @@ from tersor.methods.quantize.rtn import int8
 from tersor.recipe import Outcome, method
 from tersor.surgery.grids import grid_of, put
 from tersor.surgery.walk import Patterns, walk
-from tersor.task import Task
+from tersor.task import Task, device_of
 
 
 @method
@@ -61,7 +61,7 @@ def dynamic(
                 f'exclude="{name}", or start from the original network'
             )
     for layer in layers:
-        put(layer, "input", DynamicGrid(per_row=per_row))
+        put(layer, "input", DynamicGrid(per_row=per_row).to(device_of(layer)))
     for site in sites:
         int8(site)
     return model, {"inputs": len(layers)}

@@ -34,7 +34,7 @@ from tersor.recipe import Outcome, method
 from tersor.surgery.grids import grid_of, grids, put, remove
 from tersor.surgery.walk import Patterns, Site, in_execution_order, kind_of, vectors, walk
 from tersor.task import Inputs, Task
-from tersor.task.kinds import evaluation_mode
+from tersor.task.kinds import device_of, evaluation_mode
 from tersor.train import Regime, TrainingLog
 from tersor.train.health import Bounded
 
@@ -257,7 +257,8 @@ def _put_grids(
         if layer in sizes:
             mean = sum(sizes[layer]) / len(sizes[layer])
             signed = lowest[layer] < 0
-            put(layer, "input", LearnedGrid.starting(mean, bits=width, signed=signed))
+            grid = LearnedGrid.starting(mean, bits=width, signed=signed)
+            put(layer, "input", grid.to(device_of(layer)))
 
 
 def _groups(

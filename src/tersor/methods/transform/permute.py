@@ -101,7 +101,7 @@ def _is_free(group: Group, fixed: set[str]) -> bool:
 class Reader:
     """A weight that reads what the units of a group give.
 
-    sizes: |weight|, (outputs, inputs)
+    sizes: |weight|, (outputs, inputs), on the CPU, where so many small steps are quicker
     starts: where the inputs that belong to each unit begin
     span: how many there are
     """
@@ -131,7 +131,7 @@ def _readers(group: Group, sites: Mapping[str, Site], pattern: Pattern) -> list[
         site = sites.get(name)
         if site is None or dim != (1 if site.axis == 0 else 0):
             continue
-        sizes = rows(site.weight, site.axis).abs().float()
+        sizes = rows(site.weight, site.axis).abs().float().cpu()
         if sizes.shape[1] % pattern.m:
             continue
         # Of a convolution, all inputs that one channel brings.

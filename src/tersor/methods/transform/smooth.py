@@ -135,6 +135,7 @@ def _best_factor(layers: list[nn.Module], rows: Rows) -> Tensor | None:
 def _error(weights: list[Tensor], rows: Rows, factor: Tensor) -> float:
     """Squared error of the products in 8 bits, on a grid for all that was ever seen."""
     grid = Grid.spanning(float((rows.low / factor).min()), float((rows.high / factor).max()))
+    grid.to(factor.device)
     rounded = grid(rows.some / factor)
     total = 0.0
     for weight in weights:
