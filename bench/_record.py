@@ -27,6 +27,7 @@ def record(name: str, figures: dict[str, Any], *, packages: tuple[str, ...] = ()
         "machine": {
             "processor": _processor(),
             "threads": torch.get_num_threads(),
+            **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}),
         },
         "figures": figures,
     }
