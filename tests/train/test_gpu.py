@@ -29,7 +29,7 @@ from tersor.train.distributed import (
     world,
 )
 from train.processes import results_of
-from train.test_distributed_processes import (
+from train.toys import (
     COMPRESSORS,
     FLAT,
     WORKERS,
