@@ -1,16 +1,16 @@
 """Hinton's first experiment: what a large network knows of MNIST, told to a small one.
 
-    python bench/distill.py                     one seed, three quarters of an hour on a busy core
-    python bench/distill.py --folder runs       the same, with the teacher kept there, or from there
+    python bench/distill.py                     one seed, an hour on a busy core
+    python bench/distill.py --folder runs       networks are kept there, and not trained again
     python bench/distill.py --seeds 0 1 2 --device cuda
 
 A teacher 784-1200-1200-10 is trained with dropout on pictures that are shifted by up to two pixels.
-A student 784-800-800-10 sees neither: once it learns from labels alone, once from labels and the
-teacher's answers at a temperature of 20, for as many epochs at the same rate. Of a training on
-labels alone the last state counts, of the other the one nearest to the teacher on held-out
-pictures; the test set steers nothing. Published (arXiv:1503.02531, section 3): 67 errors of 10,000
-for the teacher, 146 for the student alone, 74 for the student that was taught. Writes
-bench/results/distill.json.
+A student 784-800-800-10 sees neither, and is trained for as many epochs at the same rate by labels
+alone, by labels and the teacher's answers at a temperature of 20, and by those answers and what the
+teacher's last hidden layer gives. Of trainings on labels alone the last state counts, of the others
+the one nearest to the teacher on held-out pictures. Published (arXiv:1503.02531, section 3): 67
+errors of 10,000 for the teacher, 146 for the student alone, 74 for the student that was taught.
+Writes bench/results/distill.json.
 """
 
 import os
@@ -18,9 +18,11 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import copy
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,9 +39,12 @@ EPOCHS = {"teacher": 150, "student": 40}
 RATE = 1e-3
 TRAINING = {"teacher": {"precision": "bfloat16"}, "student": {}}
 BATCH = {"teacher": 256, "student": 64}
-TEMPERATURE, LABELS = 20.0, 0.1
 HELD_OUT = 1000
-PUBLISHED = {"teacher": 67, "taught": 74, "alone": 146}
+TEACHING = {
+    "hints": ("distill.features", {"temperature": 20.0, "weight": 10.0, "pairs": {"4": "5"}}),
+    "answers": ("distill.logits", {"temperature": 20.0, "labels": 0.1}),
+}
+PUBLISHED = {"teacher": 67, "alone": 146, "answers": 74}
 Split = tuple[Tensor, Tensor]
 
 
@@ -90,7 +95,7 @@ def kept(path: Path | None, model: nn.Module, make: Callable[[], nn.Module]) -> 
 def errors(
     train: Split, test: Split, seed: int, device: str, folder: Path | None
 ) -> dict[str, int]:
-    """Of the three networks on the test images."""
+    """Of all networks on the test images."""
     pictures, labels = (part[:-HELD_OUT] for part in train)
     task = classification(
         train=(pictures, labels),
@@ -102,25 +107,24 @@ def errors(
     # As many numbers for each network as three of a seed need.
     large = network(1200, dropout=True, seed=3 * seed).to(device)
     student = network(800, dropout=False, seed=3 * seed + 1).to(device)
-    options = {
-        "epochs": EPOCHS["student"],
-        "rate": RATE,
-        "temperature": TEMPERATURE,
-        "labels": LABELS,
-        "training": TRAINING["student"],
-    }
-    recipe = [{"method": "distill.logits", "options": options}]
-    path = None if folder is None else folder / f"hinton-{seed}.safetensors"
     lessons = classification(train=moved, test=test)
-    trainings = {
-        "teacher": lambda: kept(path, large, lambda: learned(large, lessons, "teacher", seed)),
-        "taught": lambda: run(student, recipe, task, original=large),
-        "alone": lambda: learned(student, task, "student", seed),
+
+    def taught(name: str) -> nn.Module:
+        method, options = TEACHING[name]
+        common = {"epochs": EPOCHS["student"], "rate": RATE, "training": TRAINING["student"]}
+        return run(student, [{"method": method, "options": options | common}], task, original=large)
+
+    trainings: dict[str, Callable[[], nn.Module]] = {
+        "teacher": lambda: learned(large, lessons, "teacher", seed),
+        **{name: partial(taught, name) for name in TEACHING},
+        "alone": lambda: learned(copy.deepcopy(student), task, "student", seed),
     }
     found = {}
     for name, training in trainings.items():
         start = time.perf_counter()
-        accuracy = task.evaluate(training())["accuracy"]
+        path = None if folder is None else folder / f"hinton-{seed}-{name}.safetensors"
+        done = kept(path, large if name == "teacher" else copy.deepcopy(student), training)
+        accuracy = task.evaluate(done)["accuracy"]
         found[name] = round(len(test[0]) * (100 - accuracy) / 100)
         print(
             f"seed {seed}, {name}: {found[name]}, {time.perf_counter() - start:.0f} s", flush=True
@@ -129,33 +133,30 @@ def errors(
 
 
 def main() -> None:
-    """Trains three networks for each seed and counts their errors."""
+    """Trains the networks of each seed and counts their errors."""
     parser = argparse.ArgumentParser(description="Hinton's first experiment.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default 0")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--folder", type=Path, help="where teachers are kept, and found again")
+    parser.add_argument("--folder", type=Path, help="where networks are kept, and found again")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     train, test = images("train"), images("test")
     found = {
         seed: errors(train, test, seed, options.device, options.folder) for seed in options.seeds
     }
-    total = {name: sum(each[name] for each in found.values()) for name in PUBLISHED}
-    ratio = round(total["taught"] / total["alone"], 3)
+    total = {name: sum(each[name] for each in found.values()) for name in ("alone", *TEACHING)}
+    ratios = {name: round(total[name] / total["alone"], 3) for name in TEACHING}
     figures = {
         "errors": found,
-        "taught_over_alone": ratio,
+        "share_of_errors_alone": ratios,
         "published": PUBLISHED,
         "epochs": EPOCHS,
-        "temperature": TEMPERATURE,
-        "labels": LABELS,
+        "teaching": TEACHING,
         "batch": BATCH,
         "training": TRAINING,
     }
-    print(f"{ratio} of the errors, {record('distill', figures)}")
-    if ratio > 0.6:
-        raise SystemExit(f"the student that was taught makes {ratio} of the errors, not 0.6")
+    print(f"{ratios} of the errors of the student alone, {record('distill', figures)}")
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def trained_longer(device: str, keep: float = 0.5, epochs: int = 14) -> dict[str
     """ResNet-20, distilled between cuts and long behind them, on six times as many images.
 
     "coded" are accuracies on the 10,000 test images as JPEG files, on which the network was never
-    trained before. "uncut" is the network behind all of that but the cuts, its own teacher; gaps are
-    to that.
+    trained before. "uncut" is the network behind all of that but the cuts, its own teacher; gaps
+    are to that.
     """
     model, task = zoo.resnet20().eval().to(device), pictures()
     coded = classification(test=zoo.cifar10_jpeg("test"))
