@@ -11,6 +11,7 @@ import torch
 
 from conformance.test_techniques import (
     DREAMS,
+    RECOVERIES,
     SPEAKS,
     every_technique,
     ids,
@@ -91,3 +92,10 @@ def test_data_may_lie_on_the_gpu_too(name, task):
         data = classification(**on_gpu)
     done = run(net().cuda(), steps(name), data)
     assert same(done, run(net().cuda(), steps(name), task))
+
+
+@pytest.mark.parametrize("name", sorted(RECOVERIES))
+def test_the_original_may_be_elsewhere(name, task):
+    compressed = run(net().cuda(), steps(name)[:1], task)
+    done = run(compressed, steps(name)[1:], task, original=net())
+    assert {tensor.device.type for tensor in done.state_dict().values()} == {"cuda"}

@@ -8,7 +8,7 @@ from torch import nn
 
 from tersor.errors import OptionError, TaskError
 from tersor.recipe import recipe_of
-from tersor.task import Inputs, Task
+from tersor.task import Inputs, Task, device_of
 
 
 def original_of(name: str, original: nn.Module | None) -> nn.Module:
@@ -21,8 +21,14 @@ def original_of(name: str, original: nn.Module | None) -> nn.Module:
     return original
 
 
+def beside(original: nn.Module, model: nn.Module) -> nn.Module:
+    """The original, or a copy where `model` is if that is another device."""
+    where = device_of(model)
+    return original if device_of(original) == where else copy.deepcopy(original).to(where)
+
+
 def prepared(original: nn.Module, model: nn.Module, task: Task) -> nn.Module:
-    """A copy of the original after the steps of `model` that change no output.
+    """A copy of the original after the steps of `model` that change no output, where `model` is.
 
     Its weights and what its layers give then match those of `model`.
     """
@@ -30,7 +36,8 @@ def prepared(original: nn.Module, model: nn.Module, task: Task) -> nn.Module:
     from tersor.methods.run import run
 
     steps = [step for step in recipe_of(model).steps if step.method.startswith("transform.")]
-    return run(original, steps, task) if steps else copy.deepcopy(original)
+    twin = run(original, steps, task) if steps else copy.deepcopy(original)
+    return twin.to(device_of(model))
 
 
 def held_out_of(

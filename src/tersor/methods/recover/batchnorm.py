@@ -22,7 +22,7 @@ from torch import nn
 from tersor.errors import ModelError, OptionError
 from tersor.measure import reference_outputs
 from tersor.measure.channels import Norms, channels, norms_of
-from tersor.methods.asked import held_out_of, original_of
+from tersor.methods.asked import beside, held_out_of, original_of
 from tersor.methods.norms import Original, correct, shifted
 from tersor.recipe import Outcome, method
 from tersor.surgery.walk import kind_of
@@ -48,7 +48,7 @@ def batchnorm(
     network without batch norms that fit, TaskError without data.
     """
     task, held_out = held_out_of("recover.batchnorm", task, samples)
-    original = original_of("recover.batchnorm", original)
+    original = beside(original_of("recover.batchnorm", original), model)
     norms, left = _pairs(norms_of(model), norms_of(original), model)
     batches = task.calibration(samples)
     before = Original(

@@ -25,7 +25,7 @@ from tersor.forms import Affine, Residual
 from tersor.forms.form import rows
 from tersor.measure import divergence_of, reference_outputs
 from tersor.measure.curvature import curvature
-from tersor.methods.asked import original_of
+from tersor.methods.asked import beside, original_of
 from tersor.methods.sparse import sparse_form
 from tersor.methods.spectra import low_rank
 from tersor.recipe import Outcome, method
@@ -59,7 +59,7 @@ def lqer(
     that was pruned, whose zeros it would fill, or corrected already, and ModelError where what a
     weight is given is not finite.
     """
-    original = original_of("recover.lqer", original)
+    original = beside(original_of("recover.lqer", original), model)
     if 8 < factor_bits < 16:
         raise OptionError(f"factor_bits={factor_bits}; choose 2 to 8, or 16 for bfloat16")
     plain = release_all(copy.deepcopy(original))
