@@ -1,7 +1,7 @@
 """Hinton's first experiment: what a large network knows of MNIST, told to a small one.
 
     python bench/distill.py                     one seed, an hour on a busy core
-    python bench/distill.py --folder runs       networks are kept there, and not trained again
+    python bench/distill.py --folder runs       trainings are kept there, and go on after a kill
     python bench/distill.py --seeds 0 1 2 --device cuda
 
 A teacher 784-1200-1200-10 is trained with dropout on pictures that are shifted by up to two pixels.
@@ -28,12 +28,11 @@ from pathlib import Path
 import torch
 from _mnist import Shifted, images
 from _record import record
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tersor.methods import run
 from tersor.task import Task, classification
-from tersor.train import Labels, Training, fit
+from tersor.train import Labels, Training, TrainingLog, fit
 
 EPOCHS = {"teacher": 150, "student": 40}
 RATE = 1e-3
@@ -59,7 +58,7 @@ def network(width: int, *, dropout: bool, seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *itertools.chain(*layers), nn.Linear(width, 10))
 
 
-def learned(model: nn.Module, task: Task, who: str, seed: int) -> nn.Module:
+def learned(model: nn.Module, task: Task, who: str, seed: int, log: TrainingLog) -> nn.Module:
     """Trained on labels; the last state is kept."""
     lessons, settings = Labels(task), Training.of(TRAINING[who])
 
@@ -75,21 +74,9 @@ def learned(model: nn.Module, task: Task, who: str, seed: int) -> nn.Module:
         judge=None,
         generator=torch.Generator().manual_seed(seed),
         training=settings,
+        log=log,
     )
     return model.eval()
-
-
-def kept(path: Path | None, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-    """With the weights of that file, or as it is made, for the file."""
-    if path is None:
-        return make()
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    made = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(made.state_dict(), path)
-    return made
 
 
 def errors(
@@ -109,22 +96,24 @@ def errors(
     student = network(800, dropout=False, seed=3 * seed + 1).to(device)
     lessons = classification(train=moved, test=test)
 
+    def log(name: str) -> TrainingLog:
+        return TrainingLog(None if folder is None else folder / f"{seed}-{name}", show=False)
+
     def taught(name: str) -> nn.Module:
         method, options = TEACHING[name]
         common = {"epochs": EPOCHS["student"], "rate": RATE, "training": TRAINING["student"]}
-        return run(student, [{"method": method, "options": options | common}], task, original=large)
+        steps = [{"method": method, "options": options | common}]
+        return run(student, steps, task, original=large, log=log(name))
 
     trainings: dict[str, Callable[[], nn.Module]] = {
-        "teacher": lambda: learned(large, lessons, "teacher", seed),
+        "teacher": lambda: learned(large, lessons, "teacher", seed, log("teacher")),
         **{name: partial(taught, name) for name in TEACHING},
-        "alone": lambda: learned(copy.deepcopy(student), task, "student", seed),
+        "alone": lambda: learned(copy.deepcopy(student), task, "student", seed, log("alone")),
     }
     found = {}
     for name, training in trainings.items():
         start = time.perf_counter()
-        path = None if folder is None else folder / f"hinton-{seed}-{name}.safetensors"
-        done = kept(path, large if name == "teacher" else copy.deepcopy(student), training)
-        accuracy = task.evaluate(done)["accuracy"]
+        accuracy = task.evaluate(training())["accuracy"]
         found[name] = round(len(test[0]) * (100 - accuracy) / 100)
         print(
             f"seed {seed}, {name}: {found[name]}, {time.perf_counter() - start:.0f} s", flush=True
@@ -138,7 +127,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default 0")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--folder", type=Path, help="where networks are kept, and found again")
+    parser.add_argument("--folder", type=Path, help="where trainings are kept")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     train, test = images("train"), images("test")
