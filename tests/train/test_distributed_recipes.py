@@ -32,10 +32,14 @@ RECIPES = {
     ],
     "gradual": [{"method": "prune.gradual", "options": {"sparsity": 0.5, "epochs": 2}}],
     "l0": [{"method": "prune.l0", "options": {"sparsity": 0.5, "epochs": 2}}],
+    "movement": [{"method": "prune.movement", "options": {"sparsity": 0.5, "epochs": 2}}],
     "lsq": [{"method": "quantize.lsq", "options": {"epochs": 2, "noise": 0.5}}],
     "scales": [
         {"method": "quantize.rtn", "options": {"bits": 3}},
         {"method": "recover.scales", "options": {"epochs": 2, "on": "train"}},
+    ],
+    "one layer": [
+        {"method": "prune.gradual", "options": {"sparsity": 0.5, "epochs": 2, "include": "4"}}
     ],
     "features": [
         {"method": "cut.channels", "options": {"keep": 0.6}},
@@ -112,6 +116,13 @@ def test_two_processes_do_what_one_does(ends, name):
     assert first[1] == second[1]
     assert first[1]["bytes_sent"] > 0
     assert "bytes_sent" not in alone.recipe.steps[-1].outcome
+
+
+def test_what_a_step_does_not_train_is_not_sent(ends):
+    sent = ends[0]["one layer", "plain"][1]["bytes_sent"]
+    trained = sum(parameter.numel() for parameter in net()[4].parameters())
+    # In two epochs of four batches, as float32.
+    assert sent == 2 * 4 * 4 * trained
 
 
 @pytest.mark.parametrize("way", ["top", "local"])

@@ -45,6 +45,7 @@ class Gating(Regime):
         """Gates are trained here, weights by whoever trains the network."""
         self._sites, self._sparsity, self._generator = sites, sparsity, generator
         self._forms = [gated(site) for site in sites]
+        self.own = [form.openness for form in self._forms]
         self._size = sum(form.latent.numel() for form in self._forms)
         self._multipliers = [0.0, 0.0]
         self._end, self._done, self.reached = 1, 0, 0.0
@@ -53,7 +54,7 @@ class Gating(Regime):
         """Sets the pace."""
         self._end = max(1, round(GROWTH * steps))
         rate = min(0.5, _TRAVEL / self._end)
-        self._optimizer = torch.optim.Adam([form.openness for form in self._forms], lr=rate)
+        self._optimizer = torch.optim.Adam(self.own, lr=rate)
         self._draw()
 
     def penalty(self, step: int) -> Tensor | None:

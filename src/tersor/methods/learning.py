@@ -74,8 +74,7 @@ def learn(
     joined = log.together() if log is not None and log.together is not None else None
     if joined is not None:
         lessons, judge = _divided(name, lessons, judge, regimes, joined)
-        own = {id(parameter) for parameter in model.parameters()}
-        joined.beside = [parameter for parameter in every if id(parameter) not in own]
+        joined.trained = [*every, *(own for regime in regimes for own in regime.own)]
         # First, so that other regimes see gradients of all.
         regimes = [joined, *regimes]
     alive = Alive()

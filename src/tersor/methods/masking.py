@@ -51,6 +51,7 @@ class Masking(Regime):
         self._sites, self._sparsity, self._scope = sites, sparsity, scope
         self._goal = wanted(sparsity)
         self.forms = [soft(site) for site in sites]
+        self.own = [form.scores for form in self.forms if form.scores is not None]
         self._alive = [form.mask.clone() for form in self.forms]
         self._masks = self._alive
         self._end, self._every, self._done = 1, 1, 0

@@ -14,6 +14,7 @@ class Regime:
     alone: whether no other process takes part
     paced: whether what it does follows a plan over all steps, which then have to come
     chooses: whether it chooses by the weights, which have to be the same on all processes then
+    own: parameters that it trains itself
 
     Its work may stretch over the whole training, as that of a mask that grows: no state counts as
     the result before `settled`.
@@ -22,6 +23,7 @@ class Regime:
     alone = True
     paced = False
     chooses = False
+    own: Sequence[nn.Parameter] = ()
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Before the first step of `steps`; also of a training that is about to be resumed."""

@@ -78,7 +78,7 @@ def movement(
     lessons, teacher = schooling("prune.movement", model, task, original, labels)
     with masked(model, found.sites, scored):
         moving = Moving(found.sites, sparsity, scope)
-        scores = {id(form.scores) for form in moving.forms}
+        scores = {id(own) for own in moving.own}
         every = trainable("prune.movement", model, include, exclude)
         outcome = learn(
             "prune.movement",

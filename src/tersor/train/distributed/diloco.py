@@ -122,7 +122,7 @@ class LocalUpdates(Together):
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
         self._model, self._steps = model, steps
-        self._trained = [*trained_of(model), *self.beside]
+        self._trained = trained_of(model) if self.trained is None else list(self.trained)
         begin_alike(model, self.group)
         self._outer = Outer(self._trained, self._settings)
 

@@ -35,7 +35,8 @@ class Together(Regime):
     group: of processes; None means all
     traffic: what this one has sent
     apart: whether weights differ between steps
-    beside: parameters that are trained too and are none of the network's, alike on all processes
+    trained: parameters that are trained, in the same order on all processes; None for all of the
+        network that want a gradient
     """
 
     alone = False
@@ -43,7 +44,7 @@ class Together(Regime):
 
     def __init__(self, group: Group = None) -> None:
         self.traffic = Traffic()
-        self.beside: Sequence[nn.Parameter] = ()
+        self.trained: Sequence[nn.Parameter] | None = None
         self.group = group
         self._calls = 0
 
@@ -89,7 +90,8 @@ class Averaging(Together):
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
-        self._model, self._trained = model, [*trained_of(model), *self.beside]
+        self._model = model
+        self._trained = trained_of(model) if self.trained is None else list(self.trained)
         begin_alike(model, self.group)
 
     def gradients(self, step: int) -> None:
