@@ -57,7 +57,7 @@ ROWS: dict[str, Row] = {
     "without feedback": Row(up=Packing(bits=2, feedback=False), down=DOWN),
     "hidden": Row(down=DOWN, secure=Secure(largest=0.25, bits=12, modulus_bits=16)),
     "private": Row(
-        trainer=PrivateLocal(steps=12, rate=0.4, rows=64, clip=1.0, noise=1.1),
+        trainer=PrivateLocal(steps=12, rate=0.4, rows=64, clip=1.0, noise=1.1, secret=False),
         up=Packing(bits=2),
         down=DOWN,
     ),

@@ -279,6 +279,12 @@ def test_wrong_use_is_refused(call, error, said):
         call()
 
 
+def test_a_packing_that_would_do_nothing_is_refused():
+    client = world(up=Packing(2))[2][0]
+    with pytest.raises(OptionError, match=r"packing=Packing\(bits=2.* is as long as its modulus"):
+        Hidden(0, client, SECURE, agreement=Toy(), entropy=entropy())
+
+
 def test_steps_out_of_turn_are_refused():
     client = world()[2][0]
     member = Hidden(0, client, SECURE, agreement=Toy(), entropy=entropy())

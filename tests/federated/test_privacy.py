@@ -1,6 +1,7 @@
 """Epsilons are the published ones, and what they are computed for is what is done."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_gradients_of_single_samples_are_those_of_a_loop():
 def test_private_descent_is_the_algorithm_written_out():
     x, y = blobs(30)
     task = classification(train=(x, y), batch_size=10)
-    settings = PrivateLocal(steps=2, rate=0.5, rows=6, clip=0.3, noise=0.2)
+    settings = PrivateLocal(steps=2, rate=0.5, rows=6, clip=0.3, noise=0.2, secret=False)
     model, twin = net(), net()
     settings(model, task, drawn(3))
 
@@ -172,11 +173,24 @@ def test_private_descent_is_the_algorithm_written_out():
 
 
 def test_private_descent_learns_and_knows_its_epsilon():
-    settings = PrivateLocal(steps=10, rate=0.5, rows=16, noise=0.5)
+    settings = PrivateLocal(steps=10, rate=0.5, rows=16, noise=0.5, secret=False)
     _, done = trained(rounds=6, trainer=settings)
     assert done.rounds[-1].judged > 0.8
     assert done.epsilon is None
     assert settings.epsilon(48, 6) == epsilon(0.5, 16 / 48, 60, delta=1e-5)
+
+
+def test_nobody_can_draw_the_noise_of_a_client_again():
+    # A server that knows the seed, or asks for the same round twice, would take it off.
+    task = classification(train=blobs(30))
+    settings = PrivateLocal(steps=1, rows=6, noise=1.0)
+    first, second, repeated = net(), net(), [net(), net()]
+    settings(first, task, drawn(3))
+    settings(second, task, drawn(3))
+    assert not torch.equal(first[0].weight, second[0].weight)
+    for model in repeated:
+        replace(settings, secret=False)(model, task, drawn(3))
+    assert torch.equal(repeated[0][0].weight, repeated[1][0].weight)
 
 
 def test_networks_that_mix_samples_and_tasks_without_rows_are_refused():

@@ -240,7 +240,41 @@ def test_frozen_and_tied_weights_are_exchanged_once_or_not_at_all():
     model = net()
     model[0].requires_grad_(False)
     assert layout_of(model).shapes == ((3, 16), (3,))
-    assert len(state_of(model)) == 2
+    assert len(state_of(model, layout_of(model))) == 2
+
+
+class Masked(nn.Module):
+    """Adds a mask that it stores, and frequencies that it makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 3)
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        self.register_buffer("rates", torch.arange(3.0), persistent=False)
+
+    def forward(self, x):
+        return (self.linear(x)[:, None] + self.mask).exp().sum(-1) * self.rates
+
+
+def test_constants_are_no_statistics():
+    layout = layout_of(Masked())
+    assert (layout.shapes, layout.trained) == (((3, 2), (3,)), 2)
+    # So they are no obstacle to protection, and nothing is sent of them.
+    done = federated(world={"model": Masked()}, protection=Privacy(1.0, 1.0))
+    assert done.rounds[0].counted == [0, 1, 2, 3, 4]
+    # A statistic that has run away since is one all the same.
+    wild = normed()
+    layout = layout_of(wild)
+    count = len(state_of(wild, layout))
+    wild[1].running_var.fill_(torch.inf)
+    assert len(state_of(wild, layout)) == count == len(layout.shapes) > layout.trained
+
+
+def test_roundings_of_two_clients_differ_unless_asked_for():
+    task = tasks()[0]
+    clients = [Client(task, net()) for _ in range(2)]
+    assert clients[0]._seed != clients[1]._seed
+    assert Client(task, net(), seed=3)._seed == 3
 
 
 def federated(**options):

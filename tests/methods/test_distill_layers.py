@@ -53,6 +53,8 @@ def test_what_a_mask_leaves_out_does_not_count():
     own, theirs = normal(1, 3, 4, seed=1), normal(1, 3, 4, seed=2)
     assert torch.allclose(state_error(own, theirs, mask), state_error(own[:, :2], theirs[:, :2]))
     small, large = normal(1, 2, 3, 3, seed=1), normal(1, 2, 3, 3, seed=2)
+    seen = [(small - large)[..., i, : i + 1].square() for i in range(large.shape[-1])]
+    assert torch.allclose(score_error(small, large, causal=True), torch.cat(seen, -1).mean())
     found = score_error(small, large, mask)
     assert torch.allclose(found, score_error(small[..., :2, :2], large[..., :2, :2]))
 

@@ -35,12 +35,14 @@ def net() -> nn.Module:
 
 def train(
     folder=None, *, stop=None, optimizer="Adam", width=16, minutes=0.0, epochs=3, seed=0, rate=0.02,
-    failure=None, judged=True, made=None,
+    failure=None, judged=True, made=None, masked=False,
 ):  # fmt: skip
     """12 steps in an epoch; `minutes=0` writes a checkpoint behind each of them."""
     model = net().train() if width == 16 else nn.Linear(2, 3)
     if made is not None:
         made.append(model)
+    if masked:
+        model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
     torch.manual_seed(1)
     lessons, seen = Labels(classification(train=blobs(), batch_size=8)), []
 
@@ -81,6 +83,16 @@ def test_where_it_stops_makes_no_difference(stop, optimizer, tmp_path):
     for key, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
     assert fitted == whole
+
+
+def test_a_network_with_a_mask_of_infinities_goes_on(tmp_path):
+    expected, _ = train(masked=True)
+    with pytest.raises(Stop):
+        train(tmp_path, stop=20, masked=True)
+    model, _ = train(tmp_path, masked=True)
+    assert model.mask.tolist() == [0.0, -math.inf]
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
 
 
 def test_a_finished_training_is_not_done_again(tmp_path):

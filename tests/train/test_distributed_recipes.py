@@ -4,6 +4,7 @@ This file is also the program of those processes: `python THIS rank folder`.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from tersor.surgery import walk
 from tersor.task import Task, classification
 from tersor.train import TrainingLog
 from tersor.train.distributed import (
+    DGC,
     Averaging,
     LocalUpdates,
+    PowerSGD,
     TopK,
     Uncompressed,
     world,
@@ -25,10 +28,19 @@ from tersor.train.distributed import (
 from train.processes import results_of
 
 WORKERS = 2
+WAYS = ["distilled", "averaged"]
+"""Recipes that are tried with compressed gradients and local steps."""
 RECIPES = {
     "distilled": [
         {"method": "prune.magnitude", "options": {"sparsity": 0.6}},
         {"method": "distill.logits", "options": {"epochs": 2, "rate": 0.01}},
+    ],
+    "averaged": [
+        {"method": "prune.magnitude", "options": {"sparsity": 0.6}},
+        {
+            "method": "distill.logits",
+            "options": {"epochs": 2, "rate": 0.01, "training": {"ema": 0.9}},
+        },
     ],
     "gradual": [{"method": "prune.gradual", "options": {"sparsity": 0.5, "epochs": 2}}],
     "l0": [{"method": "prune.l0", "options": {"sparsity": 0.5, "epochs": 2}}],
@@ -68,6 +80,10 @@ def task() -> Task:
     return classification(train=(x, y), holdout=blobs(32, seed=1)[0], batch_size=32)
 
 
+def powerful(rank: int) -> Averaging:
+    return Averaging(PowerSGD(rank))
+
+
 def done(name: str, log: TrainingLog | None = None) -> nn.Module:
     return run(net(), RECIPES[name], task(), log=log)
 
@@ -87,14 +103,25 @@ def main(rank: int, folder: Path) -> None:
     ways = {"top": lambda: Averaging(TopK(0.1)), "local": LocalUpdates}
     found = {}
     for name in RECIPES:
-        for way, together in (plain if name != "distilled" else plain | ways).items():
+        for way, together in (plain | (ways if name in WAYS else {})).items():
             log = TrainingLog(folder / way / name / str(rank), show=False, together=together)
             model = done(name, log)
             found[name, way] = state(model), model.recipe.steps[-1].outcome
+    twice = {"momentum": lambda: Averaging(DGC()), "masks": LocalUpdates}
+    for why, together in twice.items():
+        try:
+            done("gradual", TrainingLog(show=False, together=together))
+        except OptionError as error:
+            found[why] = str(error)
+    ranks = [
+        TrainingLog(folder / "ranks" / str(rank), show=False, together=partial(powerful, k))
+        for k in (1, 2)
+    ]
+    done("distilled", ranks[0])
     try:
-        done("gradual", TrainingLog(show=False, together=LocalUpdates))
+        done("distilled", ranks[1])
     except OptionError as error:
-        found["refused"] = str(error)
+        found["other"] = str(error)
     torch.save(found, folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -125,19 +152,29 @@ def test_what_a_step_does_not_train_is_not_sent(ends):
     assert sent == 2 * 4 * 4 * trained
 
 
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("way", ["top", "local"])
-def test_with_compressed_gradients_and_local_steps_they_end_alike_too(ends, way):
-    first, second = (end["distilled", way] for end in ends)
+def test_with_compressed_gradients_and_local_steps_they_end_alike_too(ends, way, name):
+    first, second = (end[name, way] for end in ends)
     assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
-    assert first[1]["bytes_sent"] < 0.5 * ends[0]["distilled", "plain"][1]["bytes_sent"]
+    assert first[1]["bytes_sent"] < 0.5 * ends[0][name, "plain"][1]["bytes_sent"]
     assert first[1]["divergence_after"] < first[1]["divergence_before"]
 
 
 def test_masks_are_not_chosen_by_weights_that_differ(ends):
     assert all(
-        "prune.gradual chooses by the weights, and with LocalUpdates" in end["refused"]
+        "prune.gradual chooses by the weights, and with LocalUpdates" in end["masks"]
         for end in ends
     )
+
+
+def test_a_momentum_on_top_of_another_is_refused(ends):
+    said = "prune.gradual: DGC(feedback=True, share=0.001, momentum=0.9"
+    assert all(said in end["momentum"] and "give it momentum=0" in end["momentum"] for end in ends)
+
+
+def test_a_checkpoint_of_another_compressor_is_refused(ends):
+    assert all("holds another training" in end["other"] for end in ends)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,34 @@ def test_an_outer_step_of_rate_1_takes_the_mean_of_the_weights():
     assert same(model, twin, 1e-5)
 
 
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_each_worker_sees_its_own_batches_alone():
+    model, twins = normed(), [normed() for _ in range(4)]
+    done = simulated(model, Uncompressed(), epochs=1)
+    optimizers = [torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9) for twin in twins]
+    for lesson in lessons().epoch(torch.Generator().manual_seed(1)):
+        for rank, twin in enumerate(twins):
+            twin.zero_grad()
+            loss_of(twin)(part_of(lesson, rank, 4)).backward()
+        for column in zip(*(twin.parameters() for twin in twins), strict=True):
+            mean = torch.stack([parameter.grad for parameter in column]).mean(0)
+            for parameter in column:
+                parameter.grad = mean.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    spread = torch.stack([twin[1].running_var for twin in twins])
+    assert not torch.allclose(spread[0], spread[1])
+    assert torch.allclose(model[1].running_var, spread.mean(0), atol=1e-6)
+    assert int(model[1].num_batches_tracked) == 3
+    # As doubles, behind the epoch.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert done.traffic.sent == 3 * 4 * parameters + 2 * 8 * 8
+
+
 def test_parts_are_the_batch_once_each():
     lesson = Lesson(torch.arange(7), torch.arange(7))
     parts = [part_of(lesson, rank, 3) for rank in range(3)]
@@ -178,6 +206,8 @@ def test_pairs_and_tokens_stay_with_their_samples():
     # Two rows for one target, as pairs of sentences; three for one, as answers by token.
     pairs = part_of(Lesson(torch.arange(8), torch.arange(4)), 1, 2)
     assert (pairs.inputs.tolist(), pairs.targets.tolist()) == ([4, 5, 6, 7], [2, 3])
+    unlabelled = part_of(Lesson(torch.arange(10)), 1, 2, each=2)
+    assert unlabelled.inputs.tolist() == [4, 5, 6, 7, 8, 9]
     tokens = part_of(Lesson({"ids": torch.arange(4)}, answer=torch.arange(12)), 0, 2)
     assert tokens.inputs["ids"].tolist() == [0, 1]
     assert (tokens.targets, tokens.answer.tolist()) == (None, [0, 1, 2, 3, 4, 5])

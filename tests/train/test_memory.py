@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import tersor
 from tersor.methods.distill.logits import logits
 from tersor.task import Task, classification, language_model, sentence_pairs
+from tersor.task.data import apply
 from tersor.train import Teacher, TrainingLog
 from tersor.train.memory import Memory, fingerprint
 
@@ -118,6 +119,17 @@ def test_tokens_and_pairs_keep_all_their_rows(tmp_path):
     first = memory.answered(batch, lambda b: b["x"].reshape(-1, 2, 1).float())
     swapped = {"x": batch["x"][[2, 3, 0, 1]]}
     assert torch.equal(memory.answered(swapped, lambda _: torch.zeros(0)), first[[1, 0]])
+
+
+def test_a_text_is_known_however_far_it_is_padded(tmp_path):
+    rows = torch.arange(12).reshape(3, 4)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]])
+    texts = {"input_ids": rows * mask, "attention_mask": mask}
+    task = classification(calibration=texts, holdout=texts)
+    memory, given = Memory(tmp_path, net(), task), apply(lambda part: part[[0, 2], :2], texts)
+    memory.answered(given, lambda batch: torch.tensor([[5.0], [7.0]]))
+    found = memory.answered(texts, lambda batch: batch["input_ids"].sum(1, keepdim=True).float())
+    assert found.tolist() == [[5.0], [4.0 + 5 + 6], [7.0]]
 
 
 def test_no_more_is_kept_than_allowed_and_other_networks_go_first(task, tmp_path):

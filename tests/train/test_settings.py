@@ -295,6 +295,26 @@ def test_averages_of_few_bits_move():
     assert float(average.values[0][1]) == pytest.approx(1.2, abs=1e-2)
 
 
+def test_a_mask_of_infinities_is_no_part_of_an_average():
+    mask = torch.tensor([0.0, -torch.inf])
+    weight = torch.zeros(2)
+    average = Average([mask, weight], 0.5)
+    weight.fill_(1.0)
+    average.add()
+    assert average.values[0].tolist() == [0.0, -math.inf]
+    assert average.values[1].tolist() == pytest.approx([9 / 11, 9 / 11])
+
+
+def test_a_judge_that_comes_to_say_infinity_stops_it():
+    lessons = Labels(classification(train=blobs(), batch_size=32))
+    with pytest.raises(ModelError, match="held-out inputs give answers that are infinitely far"):
+        trained(net(), lessons, epochs=2, judge=iter([1.0, math.inf]).__next__)
+    # It is where training had to begin.
+    assert (
+        trained(net(), lessons, epochs=2, judge=iter([math.inf, math.inf, 1.0]).__next__).after == 1
+    )
+
+
 def test_settings_are_checked_before_the_first_step():
     steps = [
         {"method": "quantize.rtn"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Client:
 
     version: of the state it holds, None before the first download
     samples: of its training data
+    packing: how its updates are made small
     """
 
     def __init__(
@@ -36,13 +38,13 @@ class Client:
         *,
         trainer: Trainer | None = None,
         packing: Packing | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         """The network is a place to work in: clients of one process may share it.
 
         trainer: what to do with the data, `Local()` unless given
         packing: how updates are made small; None sends them as floats
-        seed: of the order of batches, and of roundings that are drawn
+        seed: of the order of batches, and of roundings that are drawn; None draws one
         """
         if not task.has_train:
             raise TaskError("a client needs data; give its task train=(inputs, targets)")
@@ -50,10 +52,11 @@ class Client:
         self.round = 0
         self.samples = sum(len(targets) for _, targets in task.train())
         self._task, self._model = task, model
+        self.packing = packing
         self._trainer = trainer or Local()
         self._layout = layout_of(model)
         self._packer = Packer(self._layout, packing, torch.Generator())
-        self._seed = seed
+        self._seed = secrets.randbits(63) if seed is None else seed
         self._state: list[Tensor] = []
         # One more than the round of its last update; that may have been lost.
         self._sent = 0
@@ -107,13 +110,13 @@ class Client:
         if self.version is None:
             raise FileError("this client holds no state yet; give it a download first")
         generator = self._drawn_from()
-        put_state(self._model, self._state)
+        put_state(self._model, self._layout, self._state)
         # What layers draw themselves, as dropout does, is to be the same each time, too.
         with torch.random.fork_rng():
             torch.manual_seed(generator.initial_seed())
             self._trainer(self._model, self._task, generator)
         count = self._layout.trained
-        found = state_of(self._model)
+        found = state_of(self._model, self._layout)
         return [f - s for f, s in zip(found[:count], self._state, strict=False)] + found[count:]
 
     def store(self) -> bytes:

@@ -42,6 +42,8 @@ class Hidden:
     number: as the server knows it
     agreement: how keys are agreed; X25519 by default, which takes the extra `federated`
     entropy: of keys and masks; anything but the default is for tests
+
+    Raises OptionError for a client with a packing: no coder makes masked numbers smaller.
     """
 
     number: int
@@ -51,6 +53,11 @@ class Hidden:
     entropy: Entropy = secrets.token_bytes
 
     def __post_init__(self) -> None:
+        if self.client.packing is not None:
+            raise OptionError(
+                f"packing={self.client.packing!r}: a hidden update is as long as its modulus; make "
+                "the client without, and choose bits and modulus_bits of Secure"
+            )
         self._participant: Participant | None = None
         self._share = 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tersor.codec.coders import Shape
 from tersor.codec.geometry import matrix_of
 from tersor.errors import ModelError
-from tersor.train.states import put, statistics
+from tersor.train.states import put, shared_statistics
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,14 @@ class Layout:
 
     trained: how many of them are trained; the others are statistics, as of batch norms
     variances: places of those that are never negative
+    left_out: places among the network's statistics of those that are none: they hold an infinity,
+        as a mask does
     """
 
     shapes: tuple[tuple[int, ...], ...]
     trained: int
     variances: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
 
     @property
     def numbers(self) -> int:
@@ -41,7 +45,8 @@ class Layout:
 
 def layout_of(model: nn.Module) -> Layout:
     """Raises ModelError where a network has nothing to train."""
-    parameters, buffers = _tensors(model)
+    left_out = tuple(at for at, b in enumerate(shared_statistics(model)) if b.isinf().any())
+    parameters, buffers = _tensors(model, left_out)
     if not parameters:
         raise ModelError(
             f"{type(model).__name__} has no parameter that requires a gradient, so there is "
@@ -50,20 +55,19 @@ def layout_of(model: nn.Module) -> Layout:
     shapes = tuple(tuple(tensor.shape) for tensor in (*parameters, *buffers))
     spread = {id(b) for name, b in model.named_buffers() if name.endswith("running_var")}
     places = (at for at, b in enumerate(buffers, len(parameters)) if id(b) in spread)
-    return Layout(shapes, len(parameters), tuple(places))
+    return Layout(shapes, len(parameters), tuple(places), left_out)
 
 
-def state_of(model: nn.Module) -> list[Tensor]:
+def state_of(model: nn.Module, layout: Layout) -> list[Tensor]:
     """Copies in float32 on the CPU. Whole-number buffers, as counts of batches, are not in it."""
-    return [
-        t.detach().to("cpu", torch.float32, copy=True) for group in _tensors(model) for t in group
-    ]
+    found = itertools.chain(*_tensors(model, layout.left_out))
+    return [tensor.detach().to("cpu", torch.float32, copy=True) for tensor in found]
 
 
-def put_state(model: nn.Module, state: Sequence[Tensor]) -> None:
+def put_state(model: nn.Module, layout: Layout, state: Sequence[Tensor]) -> None:
     """The inverse of `state_of`, in place."""
     with torch.no_grad():
-        put([tensor for group in _tensors(model) for tensor in group], state)
+        put([*itertools.chain(*_tensors(model, layout.left_out))], state)
 
 
 def identity(state: Sequence[Tensor]) -> bytes:
@@ -87,7 +91,8 @@ def length(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
-def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def _tensors(model: nn.Module, left_out: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
     """Trained parameters and floating statistics; tied ones once."""
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    return parameters, [b for b in statistics(model) if b.is_floating_point()]
+    found = enumerate(shared_statistics(model))
+    return parameters, [buffer for at, buffer in found if at not in left_out]

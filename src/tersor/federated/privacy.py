@@ -4,9 +4,10 @@
 and publishes only that. `PrivateLocal` protects the samples of one client from everyone, the server
 too: gradients are cut one by one and noise is added before anything leaves.
 
-Noise comes from torch's generator and is a floating-point number. That is what published figures
+Noise comes from torch's generators and is a floating-point number. That is what published figures
 are made with; against someone who knows the seed, or who attacks the low bits of floats (Mironov
-2012), it is none.
+2012), it is none. `PrivateLocal` draws a seed that nobody knows in each round; that of `Privacy` is
+the generator given to `federate`, to be kept from all who see the result.
 
 Source: McMahan et al. 2018, arXiv:1710.06963, algorithm 1 with equal weights and a fixed
 denominator; Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
@@ -15,6 +16,7 @@ denominator; Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,6 +96,8 @@ class PrivateLocal:
     rows: samples in a step, on average: each is drawn on its own
     clip: the length that each sample's gradient is cut to
     noise: standard deviation of the noise on their sum, over clip
+    secret: draw noise and samples as nobody can again. False takes the client's generator, so that
+        a simulation can be repeated: that protects nobody
     """
 
     steps: int
@@ -101,6 +105,7 @@ class PrivateLocal:
     rows: int = 32
     clip: float = 1.0
     noise: float = 1.0
+    secret: bool = True
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
@@ -111,6 +116,8 @@ class PrivateLocal:
 
     def __call__(self, model: nn.Module, task: Task, generator: torch.Generator) -> None:
         """See `Trainer`."""
+        if self.secret:
+            generator = torch.Generator().manual_seed(secrets.randbits(63))
         inputs, targets = _all_of(task)
         share = self._share(len(targets))
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -70,7 +70,7 @@ class Server:
         check_count("most_samples", most_samples, most=2**32 - 1)
         self.round = 0
         self.layout = layout_of(model)
-        self.state = state_of(model)
+        self.state = state_of(model, self.layout)
         self._model = model
         self._packer = Packer(self.layout, packing, generator or torch.Generator())
         self._longest, self.most_samples = longest, most_samples
@@ -173,7 +173,7 @@ class Server:
         longest = 5 * self.layout.numbers + 1024
         while len(self._log) >= MOST_BODIES or sum(map(len, self._log)) > longest:
             self._log.pop(0)
-        put_state(self._model, self.state)
+        put_state(self._model, self.layout, self.state)
 
     def store(self) -> dict[str, Any]:
         """All that it must remember between rounds: tensors, numbers and texts."""
@@ -201,7 +201,7 @@ class Server:
         self._packer.residual = stored["owed"]
         self._held, self._counted = dict(stored["held"]), dict(stored["counted"])
         self._start, self._log, self._full = start, log, b""
-        put_state(self._model, self.state)
+        put_state(self._model, self.layout, self.state)
 
     def _made(self) -> str:
         """What must be the same at a server that goes on."""
@@ -224,7 +224,7 @@ class Server:
         self._start = first.pack(self.state)
         self.state = unpack(self._start, self.layout)
         self._packer.residual = first.residual
-        put_state(self._model, self.state)
+        put_state(self._model, self.layout, self.state)
 
     def _whole(self) -> bytes:
         if not self._full:

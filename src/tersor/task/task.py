@@ -226,11 +226,12 @@ class Task:
         return self._fingerprint
 
     @property
-    def _rows_per_sample(self) -> int:
+    def rows_per_sample(self) -> int:
+        """Rows of inputs: two sentences are one pair."""
         return 2 if self.kind == "embedding" else 1
 
     def _unlabelled(self, name: str, n: int | None) -> list[Inputs]:
-        left = (CALIBRATION if n is None else n) * self._rows_per_sample
+        left = (CALIBRATION if n is None else n) * self.rows_per_sample
         batches: list[Inputs] = []
         for inputs, _ in self._splits[name].batches():
             if left <= 0:

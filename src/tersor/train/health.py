@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,10 +138,12 @@ class Health:
         if not math.isfinite(loss):
             raise self._error(step, f"the loss is {loss}", "Ask for more bits or a lower rate")
 
-    def check_judged(self, found: float, step: int) -> None:
-        """What a state was judged at."""
-        if math.isnan(found):
-            raise self._error(step, "held-out inputs give NaN", "Use a lower rate")
+    def check_judged(self, found: float, step: int, before: Sequence[float]) -> None:
+        """What a state was judged at. before: what earlier ones were"""
+        # Where it never was finite, training may yet make it so.
+        if math.isnan(found) or (math.isinf(found) and any(map(math.isfinite, before))):
+            what = "NaN" if math.isnan(found) else "answers that are infinitely far off"
+            raise self._error(step, f"held-out inputs give {what}", "Use a lower rate")
 
     def check_slope(self, loss: Tensor, step: int) -> None:
         """Whether the loss depends on anything."""

@@ -196,14 +196,15 @@ class Teacher:
             whole = itertools.starmap(Lesson, self.task.train(generator))
         else:
             whole = map(Lesson, shuffled(self.task.calibration(), generator))
-        return (part_of(lesson, *self.part) for lesson in whole)
+        each = self.task.rows_per_sample
+        return (part_of(lesson, *self.part, each) for lesson in whole)
 
 
-def part_of(lesson: Lesson, rank: int, workers: int) -> Lesson:
-    """The rows of worker `rank`."""
+def part_of(lesson: Lesson, rank: int, workers: int, each: int = 1) -> Lesson:
+    """The rows of worker `rank`. each: rows of inputs that are one sample at least, as of pairs"""
     rows = [len(rest) for rest in (lesson.targets, lesson.answer) if rest is not None]
-    # A sample may be two rows of inputs (pairs), or many rows of answers (tokens).
-    samples = math.gcd(rows_in(lesson.inputs), *rows)
+    # A sample may be many rows of answers (tokens).
+    samples = math.gcd(rows_in(lesson.inputs) // each, *rows)
     if samples < workers:
         return lesson
     start, stop = samples * rank // workers, samples * (rank + 1) // workers

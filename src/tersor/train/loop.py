@@ -277,7 +277,7 @@ class Run:
                 regime.enforce()
             found = math.nan if self.judge is None else self.judge()
             if self.judge is not None:
-                self.health.check_judged(found, self.step)
+                self.health.check_judged(found, self.step, self.curve.judged)
                 self.curve.judged.append(found)
             better = self.judge is None or found < self.best
             if not self.counted or (self.settled and better):

@@ -46,7 +46,9 @@ class Memory:
         self._folder, self._most = folder, most_bytes
         self._name = fingerprint(network, task)
         self._device = device_of(network).type
-        self._unit = 2 if task.kind == "embedding" else 1
+        self._unit = task.rows_per_sample
+        # One answer to a whole text does not depend on how far it was padded.
+        self._whole = task.kind != "language"
         self._known: dict[bytes, tuple[Path, int]] = {}
         # Mapped into memory once, since an epoch in another order reads from all of them.
         self._opened: dict[Path, Any] = {}
@@ -68,7 +70,7 @@ class Memory:
         """The rows of `task.predict` for `inputs`. ask: what gives them for rows that are new"""
         if self._epochs > _EPOCHS and not self._found:
             return ask(inputs)
-        digests = _digests(inputs, self._unit, self._device)
+        digests = _digests(inputs, self._unit, self._device, self._whole)
         new = [place for place, digest in enumerate(digests) if digest not in self._known]
         self._found += len(digests) - len(new)
         if len(new) == len(digests):
@@ -153,19 +155,24 @@ def hash_of(network: nn.Module) -> str:
     return digest.hexdigest()[: 2 * _DIGEST]
 
 
-def _digests(inputs: Inputs, unit: int, device: str) -> list[bytes]:
+def _digests(inputs: Inputs, unit: int, device: str, whole: bool) -> list[bytes]:
     """Of each `unit` rows of inputs: their shapes and types, and the precision of products there.
 
     device: its type
+    whole: leave out tokens that an attention_mask leaves out
     """
     parts = {name: tensor.detach().cpu() for name, tensor in tensors_of(inputs).items()}
+    mask = parts.get("attention_mask") if whole else None
     # Answers in few bits are other answers.
     half = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
     found = []
     for start in range(0, rows_in(inputs), unit):
-        digest = hashlib.sha256(half.encode())
+        digest, rows = hashlib.sha256(half.encode()), slice(start, start + unit)
         for name, tensor in parts.items():
-            _add(digest, name, tensor[start : start + unit])
+            part = tensor[rows]
+            if mask is not None and mask.dim() == 2 and tensor.shape == mask.shape:
+                part = part[:, mask[rows].any(0)]
+            _add(digest, name, part)
         found.append(digest.digest()[:_DIGEST])
     return found
 

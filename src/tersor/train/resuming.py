@@ -87,7 +87,7 @@ def resume(run: Run, state: dict[str, Any]) -> None:
         _put_back(run, state)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise _damaged(run, error) from error
-    if not all(t.isfinite().all() for t in run.tensors if t.is_floating_point()):
+    if any(t.isnan().any() for t in run.tensors):
         raise OptionError(f"{run.log.path} holds NaN; delete it to start anew")
 
 

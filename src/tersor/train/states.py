@@ -17,6 +17,23 @@ def statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for buffer in model.buffers() if id(buffer) not in stored]
 
 
+def shared_statistics(model: nn.Module) -> list[Tensor]:
+    """Those of `statistics` that many workers average: what a network stores, in floats.
+
+    What it makes anew, as rotary frequencies, is the same on each of them.
+    """
+    made = {
+        id(module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return [
+        buffer
+        for buffer in statistics(model)
+        if buffer.is_floating_point() and id(buffer) not in made
+    ]
+
+
 @torch.no_grad()
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The network's `state_dict` with each held weight as it computes, by its own name."""
@@ -60,14 +77,16 @@ class Average:
             t.detach().float() if t.is_floating_point() and t.itemsize < 4 else t.detach().clone()
             for t in tensors
         ]
+        # An infinity, as in a mask, is no number to average.
+        self._moving = [v.is_floating_point() and bool(v.isfinite().all()) for v in self.values]
 
     @torch.no_grad()
     def add(self) -> None:
         """One step more."""
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        for value, tensor in zip(self.values, self._tensors, strict=True):
-            if value.is_floating_point():
+        for value, tensor, moving in zip(self.values, self._tensors, self._moving, strict=True):
+            if moving:
                 value.lerp_(tensor.to(value.dtype), 1 - decay)
             else:
                 value.copy_(tensor)

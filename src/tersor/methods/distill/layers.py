@@ -7,7 +7,8 @@ only how tokens relate to each other; for convolutional networks there is `disti
 Source: Jiao et al. 2020 (TinyBERT), arXiv:1909.10351, eqs. 6 to 11.
 Differs from the paper: layers and answers are learned together and not one after the other; each
 place has a projection of its own, only where widths differ; attention is compared where both blocks
-have as many heads, before rotary positions are applied.
+have as many heads, before rotary positions are applied, and in language models only to what a token
+sees.
 """
 
 from __future__ import annotations
@@ -77,11 +78,14 @@ def layers(
     seen, wanted = probed("distill.layers", model, original, lessons.task, plan.paths)
     projections = Regressors(plan.widths(seen, wanted), generator).to(seen.device)
 
+    # A decoder that tells classes apart cannot be told from an encoder here.
+    causal = lessons.task.kind == "language"
+
     def hint(seen: Inside, wanted: Inside) -> Tensor:
         calls = range(len(wanted.masks))
         each = [
             *plan.states(seen, wanted, projections),
-            *(plan.attention(model, original, seen, wanted, call) for call in calls),
+            *(plan.attention(model, original, seen, wanted, call, causal=causal) for call in calls),
         ]
         return torch.stack(each).sum() / len(calls)
 
@@ -115,13 +119,23 @@ def state_error(own: Tensor, theirs: Tensor, mask: Tensor | None = None) -> Tens
     return (squares * counts).sum() / (counts.sum() * own.shape[-1])
 
 
-def score_error(own: Tensor, theirs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error of (n, heads, tokens, tokens), eq. 7. mask: (n, tokens)"""
+def score_error(
+    own: Tensor, theirs: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
+    """Mean squared error of (n, heads, tokens, tokens), eq. 7.
+
+    mask: (n, tokens), 0 for what does not count
+    causal: no token sees those behind it, so what they would score does not count
+    """
     squares = (own.float() - theirs.to(own.device)).square()
     counts = weights(mask, theirs[:, 0].shape)
-    if counts is None:
+    if counts is None and not causal:
         return squares.mean()
-    both = (counts[:, None, :, None] * counts[:, None, None, :]).to(own.device)
+    both = torch.ones_like(squares[:, :1])
+    if counts is not None:
+        both = (counts[:, None, :, None] * counts[:, None, None, :]).to(own.device)
+    if causal:
+        both = both.tril()
     return (squares * both).sum() / (both.sum() * own.shape[1])
 
 
@@ -191,16 +205,23 @@ class _Plan:
         ]
 
     def attention(
-        self, model: nn.Module, original: nn.Module, seen: Inside, wanted: Inside, call: int
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        seen: Inside,
+        wanted: Inside,
+        call: int,
+        *,
+        causal: bool,
     ) -> Tensor:
-        """The error of all attention in one call."""
+        """The error of all attention in one call. causal: see `score_error`"""
         total = torch.zeros((), device=seen.device)
         for own, theirs, heads in self.heads:
             query, key, _ = own.projected(model, seen, call)
             small = scores(query, key, heads)
             query, key, _ = theirs.projected(original, wanted, call)
             large = scores(query, key, heads)
-            total = total + score_error(small, large, wanted.masks[call])
+            total = total + score_error(small, large, wanted.masks[call], causal=causal)
         return total
 
     def _tensors(self, seen: Inside, wanted: Inside) -> list[tuple[list[Tensor], list[Tensor]]]:

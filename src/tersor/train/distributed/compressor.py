@@ -24,12 +24,21 @@ class Compressor:
     feedback: keep what was not sent, and add it to the next gradient; without it, it is lost
     kept: what has not been sent so far, float32, one tensor for each gradient; empty before the
         first step
+    momentum: that it brings itself; the optimizer behind it must have none then
     """
+
+    momentum = 0.0
 
     def __init__(self, *, feedback: bool = True) -> None:
         self.feedback = feedback
         self.kept: list[Tensor] = []
         self._shapes: list[tuple[int, ...]] = []
+
+    def __str__(self) -> str:
+        """Its kind and settings."""
+        plain = (int, float, str, type(None))
+        said = [f"{k.lstrip('_')}={v!r}" for k, v in vars(self).items() if isinstance(v, plain)]
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def average(self, gradients: Sequence[Tensor]) -> Talk[list[Tensor]]:
         """Means over workers of what they sent, of the gradients' shapes and types.

@@ -54,7 +54,7 @@ class DGC(Compressor):
             raise OptionError(f"clip={clip!r} must be above 0; None does not clip")
         if warmup < 0:
             raise OptionError(f"warmup={warmup!r} steps must be at least 0; 0 has no warm-up")
-        self._share, self._momentum = check_share(share), momentum
+        self._share, self.momentum = check_share(share), momentum
         self._clip, self._warmup = clip, warmup
         self._velocity: list[Tensor] = []
         self._step = 0
@@ -80,7 +80,7 @@ class DGC(Compressor):
         gradients = self._clipped(gradients)
         if self._velocity:
             gradients = [
-                self._momentum * velocity.to(gradient.device) + gradient
+                self.momentum * velocity.to(gradient.device) + gradient
                 for velocity, gradient in zip(self._velocity, gradients, strict=True)
             ]
         self._velocity = gradients

@@ -103,8 +103,8 @@ class Outer:
 class LocalUpdates(Together):
     """Between processes: steps of `fit` alone, then one together; the last step is one too.
 
-    States between exchanges are no result, since each process has another; nor is an average of
-    them, so leave `ema` out of the training's settings.
+    States between exchanges are no result, since each process has another; an average of weights
+    (`ema`) begins anew behind each exchange.
 
     group: of processes; None means all
 
@@ -116,6 +116,7 @@ class LocalUpdates(Together):
     def __init__(self, settings: DiLoCo | None = None, *, group: Group = None) -> None:
         super().__init__(group)
         self._settings = settings or DiLoCo()
+        self.about = repr(self._settings)
         self._compressor = self._settings.own_compressor()
         self._alone = 0
 
@@ -142,6 +143,11 @@ class LocalUpdates(Together):
     @property
     def settled(self) -> bool:
         """Whether all processes have the same weights."""
+        return self._alone == 0
+
+    @property
+    def leapt(self) -> bool:
+        """Whether an exchange has just been."""
         return self._alone == 0
 
     def state(self) -> dict[str, Any]:

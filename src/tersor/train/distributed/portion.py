@@ -48,7 +48,8 @@ class Portion:
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Lesson]:
         """This worker's part of every batch."""
         lessons = self.lessons.epoch(generator, skip)
-        return (part_of(lesson, self.rank, self.workers) for lesson in lessons)
+        each = self.task.rows_per_sample
+        return (part_of(lesson, self.rank, self.workers, each) for lesson in lessons)
 
     def loss(self, outputs: Tensor, lesson: Lesson) -> Tensor:
         """As of the lessons that are split."""

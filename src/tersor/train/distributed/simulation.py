@@ -22,7 +22,7 @@ from tersor.train.distributed.exchange import in_one_process
 from tersor.train.distributed.together import trained_of
 from tersor.train.distributed.traffic import Traffic, plain_bytes
 from tersor.train.lessons import Lesson, Lessons, part_of
-from tersor.train.states import Snapshot, put, statistics
+from tersor.train.states import Snapshot, put, shared_statistics, statistics
 from tersor.train.training import Training
 
 Loss = Callable[[Lesson], Tensor]
@@ -65,21 +65,25 @@ def simulate(
     settings = _settings(training)
     check_count(workers, "workers")
     team = [copy.deepcopy(compressor) for _ in range(workers)]
-    trained = trained_of(model)
+    trained, changing = trained_of(model), statistics(model)
     rates = [group["lr"] for group in optimizer.param_groups]
-    steps, done = epochs * _count(lessons), Simulated()
-    for step, batch in enumerate(_batches(lessons, epochs, generator)):
-        _set_rates(optimizer, rates, settings.rate(step, steps))
-        gradients, value = _gradients(trained, loss, batch, workers)
-        talks = [one.average(own) for one, own in zip(team, gradients, strict=True)]
-        averaged, sent = in_one_process(talks)
-        for parameter, gradient in zip(trained, averaged[0], strict=True):
-            parameter.grad = gradient
-        nn.utils.clip_grad_norm_(trained, settings.clip)
-        optimizer.step()
-        done.losses.append(value)
-        done.traffic.sent += sent
-        done.traffic.plain += plain_bytes(trained)
+    count, done = _count(lessons), Simulated()
+    for epoch in range(epochs):
+        seen = [[buffer.clone() for buffer in changing] for _ in range(workers)]
+        for step, batch in enumerate(lessons.epoch(generator), epoch * count):
+            _set_rates(optimizer, rates, settings.rate(step, epochs * count))
+            parts = [part_of(batch, rank, workers) for rank in range(workers)]
+            gradients, value = _gradients(trained, loss, parts, changing, seen)
+            talks = [one.average(own) for one, own in zip(team, gradients, strict=True)]
+            averaged, sent = in_one_process(talks)
+            for parameter, gradient in zip(trained, averaged[0], strict=True):
+                parameter.grad = gradient
+            nn.utils.clip_grad_norm_(trained, settings.clip)
+            optimizer.step()
+            done.losses.append(value)
+            done.traffic.sent += sent
+            done.traffic.plain += plain_bytes(trained)
+        done.traffic.sent += _average(model, changing, seen)
     return done
 
 
@@ -121,7 +125,7 @@ def simulate_local(
         common.step(averaged[0])
         put(trained, common.weights)
         done.losses += [sum(column) / workers for column in zip(*losses, strict=True)]
-        done.traffic.sent += sent + _average(changing, seen)
+        done.traffic.sent += sent + _average(model, changing, seen)
         done.traffic.plain += len(given) * plain_bytes(trained)
     return done
 
@@ -154,25 +158,37 @@ class _Alone:
 
 
 def _gradients(
-    trained: Sequence[nn.Parameter], loss: Loss, batch: Lesson, workers: int
+    trained: Sequence[nn.Parameter],
+    loss: Loss,
+    parts: Sequence[Lesson],
+    changing: Sequence[Tensor],
+    seen: Sequence[list[Tensor]],
 ) -> tuple[list[list[Tensor]], float]:
-    """Each worker's gradients, and the mean of their losses."""
+    """Each worker's gradients, and the mean of their losses.
+
+    changing: statistics of the network; seen: each worker's own of them, which come to be the next
+    """
     gradients, total = [], 0.0
-    for rank in range(workers):
-        value = loss(part_of(batch, rank, workers))
-        own = torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True)
-        gradients.append(list(own))
-        total += float(value.detach()) / workers
+    for part, own in zip(parts, seen, strict=True):
+        put(changing, own)
+        value = loss(part)
+        found = torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True)
+        gradients.append(list(found))
+        put(own, changing)
+        total += float(value.detach()) / len(parts)
     return gradients, total
 
 
-def _average(buffers: Sequence[Tensor], seen: Sequence[Sequence[Tensor]]) -> int:
-    """Puts the means of what workers saw into `buffers`. Returns the bytes that each sends."""
+def _average(model: nn.Module, changing: Sequence[Tensor], seen: Sequence[Sequence[Tensor]]) -> int:
+    """Puts the means of what workers saw into the network. Returns the bytes that each sends."""
+    shared = {id(buffer) for buffer in shared_statistics(model)}
     sent = 0
-    for buffer, column in zip(buffers, zip(*seen, strict=True), strict=True):
-        if buffer.is_floating_point():
-            buffer.copy_(torch.stack(list(column)).mean(0))
-            sent += 4 * buffer.numel()
+    for buffer, column in zip(changing, zip(*seen, strict=True), strict=True):
+        if id(buffer) in shared:
+            buffer.copy_(torch.stack(list(column)).double().mean(0))
+            sent += 8 * buffer.numel()
+        else:
+            buffer.copy_(column[0])
     return sent
 
 

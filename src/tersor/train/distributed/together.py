@@ -18,7 +18,7 @@ from tersor.train.distributed.compressor import Compressor
 from tersor.train.distributed.exchange import Group, gathered, in_processes, mean, world
 from tersor.train.distributed.traffic import Traffic, plain_bytes
 from tersor.train.regime import Regime
-from tersor.train.states import statistics
+from tersor.train.states import shared_statistics
 
 _ASKING = 16
 """Steps from one look at all clocks to the next."""
@@ -35,12 +35,16 @@ class Together(Regime):
     group: of processes; None means all
     traffic: what this one has sent
     apart: whether weights differ between steps
+    about: what tells a way of exchange from others, kept with checkpoints
+    momentum: that the exchange brings, beside which an optimizer must have none
     trained: parameters that are trained, in the same order on all processes; None for all of the
         network that want a gradient
     """
 
     alone = False
     apart = False
+    about = ""
+    momentum = 0.0
 
     def __init__(self, group: Group = None) -> None:
         self.traffic = Traffic()
@@ -87,6 +91,7 @@ class Averaging(Together):
     def __init__(self, compressor: Compressor, *, group: Group = None) -> None:
         super().__init__(group)
         self._compressor = compressor
+        self.about, self.momentum = str(compressor), compressor.momentum
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
@@ -157,10 +162,11 @@ def begin_alike(model: nn.Module, group: Group = None) -> None:
 
 def average_statistics(model: nn.Module, group: Group = None) -> int:
     """Gives every process the mean of all running statistics. Returns the bytes that it sent."""
-    found = [buffer for buffer in statistics(model) if buffer.is_floating_point()]
+    found = shared_statistics(model)
     if not found:
         return 0
-    means, sent = in_processes(mean([buffer.float() for buffer in found]), group)
+    # In double, so that what never changes stays as it is, be it the smallest float.
+    means, sent = in_processes(mean([buffer.double() for buffer in found]), group)
     for buffer, value in zip(found, means, strict=True):
         buffer.copy_(value)
     return sent
