@@ -13,7 +13,7 @@ from tersor.errors import ModelError, OptionError, TaskError
 from tersor.federated import Local, Packing, Privacy, PrivateLocal, epsilon, tight_epsilon
 from tersor.federated.accountant import ORDERS, renyi
 from tersor.federated.layout import length
-from tersor.federated.privacy import clipped, per_sample, private_mean
+from tersor.federated.privacy import _normal, _uniform, clipped, per_sample, private_mean
 from tersor.task import classification
 
 
@@ -191,6 +191,23 @@ def test_nobody_can_draw_the_noise_of_a_client_again():
     for model in repeated:
         replace(settings, secret=False)(model, task, drawn(3))
     assert torch.equal(repeated[0][0].weight, repeated[1][0].weight)
+
+
+def test_noise_of_random_bytes_is_normal():
+    found = _normal((401, 500)).double().flatten()
+    assert found.dtype == torch.float64
+    assert len(found) == 401 * 500
+    # Four standard errors each.
+    assert abs(float(found.mean())) < 4 / 447
+    assert float(found.std()) == pytest.approx(1, abs=4 / 633)
+    for value in (-1.5, 0.0, 0.7, 2.0):
+        wanted = 0.5 * (1 + math.erf(value / math.sqrt(2)))
+        assert float((found < value).double().mean()) == pytest.approx(wanted, abs=4 * 0.5 / 447)
+    # Both halves come of the same pairs, and are independent all the same.
+    first, second = found.chunk(2)
+    assert abs(float((first * second).mean())) < 4 / 316
+    uniform = _uniform(100_000)
+    assert 0 <= float(uniform.min()) < 1e-3 < 0.999 < float(uniform.max()) < 1
 
 
 def test_networks_that_mix_samples_and_tasks_without_rows_are_refused():

@@ -268,13 +268,23 @@ def test_constants_are_no_statistics():
     count = len(state_of(wild, layout))
     wild[1].running_var.fill_(torch.inf)
     assert len(state_of(wild, layout)) == count == len(layout.shapes) > layout.trained
+    assert layout_of(wild) == layout
 
 
-def test_roundings_of_two_clients_differ_unless_asked_for():
-    task = tasks()[0]
-    clients = [Client(task, net()) for _ in range(2)]
-    assert clients[0]._seed != clients[1]._seed
-    assert Client(task, net(), seed=3)._seed == 3
+def test_each_client_draws_for_itself_and_remembers_how():
+    packing = Packing(2, feedback=False)
+    server = Server(net())
+
+    def updated(client):
+        client.receive(server.download(0))
+        return client.update()
+
+    first, second = (Client(tasks()[0], net(), packing=packing) for _ in range(2))
+    assert updated(first) != updated(second)
+    # One whose process ends between two messages is another object each time.
+    again = Client(tasks()[0], net(), packing=packing)
+    again.restore(first.store())
+    assert updated(again) == updated(first)
 
 
 def federated(**options):

@@ -130,6 +130,12 @@ def test_a_text_is_known_however_far_it_is_padded(tmp_path):
     memory.answered(given, lambda batch: torch.tensor([[5.0], [7.0]]))
     found = memory.answered(texts, lambda batch: batch["input_ids"].sum(1, keepdim=True).float())
     assert found.tolist() == [[5.0], [4.0 + 5 + 6], [7.0]]
+    # The same words in other places are another text.
+    moved = {
+        "input_ids": torch.tensor([[0, 0, 0, 1]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1]]),
+    }
+    assert memory.answered(moved, lambda _: torch.tensor([[9.0]])).tolist() == [[9.0]]
 
 
 def test_no_more_is_kept_than_allowed_and_other_networks_go_first(task, tmp_path):

@@ -126,6 +126,7 @@ class Client:
         # Copies, since both may be the same.
         tensors |= {f"before.{i}": tensor.clone() for i, tensor in enumerate(self._packer.before)}
         plain = {"version": self.version, "round": self.round, "sent": self._sent}
+        plain["seed"] = self._seed
         return save_tensors(tensors, {"tersor.client": json.dumps(plain)})
 
     def restore(self, stored: bytes) -> None:
@@ -134,7 +135,7 @@ class Client:
             size = int.from_bytes(stored[:8], "little")
             header: dict[str, Any] = json.loads(stored[8 : 8 + size])
             plain = json.loads(header["__metadata__"]["tersor.client"])
-            _check_rounds(plain["version"] or 0, plain["round"], plain["sent"])
+            _check_rounds(plain["version"] or 0, plain["round"], plain["sent"], plain["seed"])
             tensors = load_tensors(stored)
             count = len(self._layout.shapes) if plain["version"] is not None else 0
             trained = range(self._layout.trained)
@@ -151,6 +152,7 @@ class Client:
             ) from error
         self._state, self._packer.residual, self._packer.before = state, owed, before
         self.version, self.round, self._sent = plain["version"], plain["round"], plain["sent"]
+        self._seed = plain["seed"]
 
     def _drawn_from(self) -> torch.Generator:
         """A generator of this round, so that a round can be repeated and no state must be kept."""

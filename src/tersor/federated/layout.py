@@ -23,8 +23,8 @@ class Layout:
 
     trained: how many of them are trained; the others are statistics, as of batch norms
     variances: places of those that are never negative
-    left_out: places among the network's statistics of those that are none: they hold an infinity,
-        as a mask does
+    left_out: places among the network's buffers of those that are no statistics but masks: nothing
+        but infinities and zeros
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -45,7 +45,7 @@ class Layout:
 
 def layout_of(model: nn.Module) -> Layout:
     """Raises ModelError where a network has nothing to train."""
-    left_out = tuple(at for at, b in enumerate(shared_statistics(model)) if b.isinf().any())
+    left_out = _masks(model)
     parameters, buffers = _tensors(model, left_out)
     if not parameters:
         raise ModelError(
@@ -89,6 +89,16 @@ def check_shapes(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -
 def length(tensors: Sequence[Tensor]) -> float:
     """Of all of them as one vector, in double precision."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def _masks(model: nn.Module) -> tuple[int, ...]:
+    """Places among the shared statistics. Those of norms are none even where they have run away."""
+    norms = {id(b) for name, b in model.named_buffers() if "running_" in name}
+    return tuple(
+        at
+        for at, b in enumerate(shared_statistics(model))
+        if id(b) not in norms and b.isinf().any() and bool((b.isinf() | (b == 0)).all())
+    )
 
 
 def _tensors(model: nn.Module, left_out: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:

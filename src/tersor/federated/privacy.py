@@ -6,8 +6,9 @@ too: gradients are cut one by one and noise is added before anything leaves.
 
 Noise comes from torch's generators and is a floating-point number. That is what published figures
 are made with; against someone who knows the seed, or who attacks the low bits of floats (Mironov
-2012), it is none. `PrivateLocal` draws a seed that nobody knows in each round; that of `Privacy` is
-the generator given to `federate`, to be kept from all who see the result.
+2012), it is none. `PrivateLocal` takes its random numbers from the operating system; those of
+`Privacy` come from the generator given to `federate`, whose seed is to be kept from all who see the
+result, and has 32 bits at most.
 
 Source: McMahan et al. 2018, arXiv:1710.06963, algorithm 1 with equal weights and a fixed
 denominator; Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
@@ -17,9 +18,11 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -96,8 +99,8 @@ class PrivateLocal:
     rows: samples in a step, on average: each is drawn on its own
     clip: the length that each sample's gradient is cut to
     noise: standard deviation of the noise on their sum, over clip
-    secret: draw noise and samples as nobody can again. False takes the client's generator, so that
-        a simulation can be repeated: that protects nobody
+    secret: draw noise and samples so that nobody can again. False takes the client's generator, so
+        that a simulation can be repeated: that protects nobody
     """
 
     steps: int
@@ -116,18 +119,14 @@ class PrivateLocal:
 
     def __call__(self, model: nn.Module, task: Task, generator: torch.Generator) -> None:
         """See `Trainer`."""
-        if self.secret:
-            generator = torch.Generator().manual_seed(secrets.randbits(63))
         inputs, targets = _all_of(task)
+        normal, uniform = (_normal, _uniform) if self.secret else _drawn_by(generator)
         share = self._share(len(targets))
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         model.train()
         for _ in range(self.steps):
-            total = [
-                torch.randn(p.shape, generator=generator).to(p) * (self.noise * self.clip)
-                for p in parameters.values()
-            ]
-            places = (torch.rand(len(targets), generator=generator) < share).nonzero().flatten()
+            total = [normal(p.shape).to(p) * (self.noise * self.clip) for p in parameters.values()]
+            places = (uniform(len(targets)) < share).nonzero().flatten()
             for some in torch.split(places, _AT_ONCE):
                 self._add(model, task, _rows(inputs, some), targets[some], total)
             with torch.no_grad():
@@ -135,7 +134,7 @@ class PrivateLocal:
                     parameter.sub_(gradient, alpha=self.rate / self.rows)
 
     def epsilon(self, samples: int, rounds: int, *, delta: float = 1e-5) -> float:
-        """What so many rounds guarantee a client's samples."""
+        """What so many rounds guarantee a client's samples. rounds: answers, repeated ones too"""
         return epsilon(self.noise, self._share(samples), rounds * self.steps, delta=delta)
 
     def _share(self, samples: int) -> float:
@@ -156,6 +155,29 @@ class PrivateLocal:
         share = (self.clip / lengths.clamp(min=1e-30)).clamp(max=1)
         for sum_, gradient in zip(total, gradients, strict=True):
             sum_ += torch.tensordot(share, gradient, 1)
+
+
+def _uniform(count: int) -> Tensor:
+    """(count,) float64 in [0, 1), of the operating system's random bytes."""
+    bits = np.frombuffer(secrets.token_bytes(8 * count), np.uint64) >> np.uint64(11)
+    return torch.from_numpy(bits * 2.0**-53)
+
+
+def _normal(shape: Sequence[int]) -> Tensor:
+    """Of mean 0 and deviation 1, in float32, by Box and Muller 1958."""
+    count = math.prod(shape)
+    half = -(-count // 2)
+    radius = (-2 * torch.log1p(-_uniform(half))).sqrt()
+    angle = 2 * math.pi * _uniform(half)
+    both = torch.cat([radius * angle.cos(), radius * angle.sin()])
+    return both[:count].reshape(shape).float()
+
+
+def _drawn_by(
+    generator: torch.Generator,
+) -> tuple[Callable[[Sequence[int]], Tensor], Callable[[int], Tensor]]:
+    """The same of a generator."""
+    return partial(torch.randn, generator=generator), partial(torch.rand, generator=generator)
 
 
 def _all_of(task: Task) -> tuple[Inputs, Tensor]:

@@ -73,12 +73,12 @@ def learn(
     judge, unit = _judge(name, model, task, original, shown)
     joined = log.together() if log is not None and log.together is not None else None
     if joined is not None:
-        lessons, judge = _divided(name, lessons, judge, regimes, joined)
         if joined.momentum:
             raise OptionError(
                 f"{name}: {joined.about} brings a momentum, and so does {settings.optimizer}; give "
                 "it momentum=0, or use another compressor"
             )
+        lessons, judge = _divided(name, lessons, judge, regimes, joined)
         joined.trained = [*every, *(own for regime in regimes for own in regime.own)]
         # First, so that other regimes see gradients of all.
         regimes = [joined, *regimes]

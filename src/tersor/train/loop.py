@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import ModelError, TaskError
+from tersor.errors import ModelError, OptionError, TaskError
 from tersor.train.health import Health
 from tersor.train.lessons import Lesson, Lessons
 from tersor.train.log import Curve, TrainingLog
@@ -78,14 +78,22 @@ def fit(
         never killed, if batches depend on `generator` and torch's own random numbers alone
 
     Raises TaskError without batches, and for fewer than a regime was told that follows a plan over
-    all of them; ModelError where training fails: a loss or a gradient that is not finite, a loss
-    that explodes, gradients that are gone. The best state so far is back then, as it is after
-    whatever else stops the training; behind a ModelError a log with a folder keeps it there too.
+    all of them; OptionError for `ema` where weights differ between processes; ModelError where
+    training fails: a loss or a gradient that is not finite, a loss that explodes, gradients that
+    are gone, held-out answers that come to be none. The best state so far is back then, as it is
+    after whatever else stops the training; behind a ModelError a log with a folder keeps it there
+    too.
     """
     if not len(lessons):
         raise TaskError("there are no batches to train on; give the task train=(inputs, targets)")
+    settings = Training.of(training)
+    if settings.ema is not None and any(regime.apart for regime in regimes):
+        raise OptionError(
+            f"ema={settings.ema!r}: an average of weights that differ between processes would too; "
+            "leave it out, or average gradients in place of weights"
+        )
     run = Run(
-        model, optimizer, lessons, loss, epochs, judge, generator, Training.of(training), regimes,
+        model, optimizer, lessons, loss, epochs, judge, generator, settings, regimes,
         log or TrainingLog(show=False),
     )  # fmt: skip
     try:

@@ -47,7 +47,7 @@ class Memory:
         self._name = fingerprint(network, task)
         self._device = device_of(network).type
         self._unit = task.rows_per_sample
-        # One answer to a whole text does not depend on how far it was padded.
+        # One answer to a whole text does not depend on how far it was padded at its end.
         self._whole = task.kind != "language"
         self._known: dict[bytes, tuple[Path, int]] = {}
         # Mapped into memory once, since an epoch in another order reads from all of them.
@@ -159,7 +159,7 @@ def _digests(inputs: Inputs, unit: int, device: str, whole: bool) -> list[bytes]
     """Of each `unit` rows of inputs: their shapes and types, and the precision of products there.
 
     device: its type
-    whole: leave out tokens that an attention_mask leaves out
+    whole: leave out tokens behind the last that an attention_mask lets in
     """
     parts = {name: tensor.detach().cpu() for name, tensor in tensors_of(inputs).items()}
     mask = parts.get("attention_mask") if whole else None
@@ -171,7 +171,9 @@ def _digests(inputs: Inputs, unit: int, device: str, whole: bool) -> list[bytes]
         for name, tensor in parts.items():
             part = tensor[rows]
             if mask is not None and mask.dim() == 2 and tensor.shape == mask.shape:
-                part = part[:, mask[rows].any(0)]
+                # Not what is left out before it, which moves positions.
+                used = (mask[rows] != 0).any(0).nonzero()
+                part = part[:, : int(used.max()) + 1 if len(used) else 0]
             _add(digest, name, part)
         found.append(digest.digest()[:_DIGEST])
     return found

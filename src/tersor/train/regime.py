@@ -13,6 +13,7 @@ class Regime:
 
     alone: whether no other process takes part
     paced: whether what it does follows a plan over all steps, which then have to come
+    apart: whether other processes have other weights between its exchanges
     chooses: whether it chooses by the weights, which have to be the same on all processes then
     own: parameters that it trains itself
 
@@ -22,6 +23,7 @@ class Regime:
 
     alone = True
     paced = False
+    apart = False
     chooses = False
     own: Sequence[nn.Parameter] = ()
 

@@ -87,8 +87,11 @@ def resume(run: Run, state: dict[str, Any]) -> None:
         _put_back(run, state)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise _damaged(run, error) from error
-    if any(t.isnan().any() for t in run.tensors):
-        raise OptionError(f"{run.log.path} holds NaN; delete it to start anew")
+    # Buffers may hold infinities, as masks do.
+    if not all(weight.isfinite().all() for weight in run.trained):
+        raise OptionError(
+            f"{run.log.path} holds weights that are not finite; delete it to start anew"
+        )
 
 
 def _put_back(run: Run, state: dict[str, Any]) -> None:

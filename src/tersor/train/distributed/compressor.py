@@ -34,10 +34,14 @@ class Compressor:
         self.kept: list[Tensor] = []
         self._shapes: list[tuple[int, ...]] = []
 
-    def __str__(self) -> str:
-        """Its kind and settings."""
-        plain = (int, float, str, type(None))
-        said = [f"{k.lstrip('_')}={v!r}" for k, v in vars(self).items() if isinstance(v, plain)]
+    def __repr__(self) -> str:
+        """Its kind and settings, without how far it is."""
+        settings = {name.lstrip("_"): value for name, value in vars(self).items()}
+        said = [
+            f"{name}={value!r}"
+            for name, value in settings.items()
+            if name not in self.state() and isinstance(value, int | float | str | None)
+        ]
         return f"{type(self).__name__}({', '.join(said)})"
 
     def average(self, gradients: Sequence[Tensor]) -> Talk[list[Tensor]]:

@@ -59,6 +59,11 @@ class DiLoCo:
             raise OptionError(
                 f"momentum={self.momentum!r} must be at least 0 and below 1; the paper has 0.9"
             )
+        if self.momentum and self.compressor is not None and self.compressor.momentum:
+            raise OptionError(
+                f"{self.compressor!r} brings a momentum, and the outer step has {self.momentum}; "
+                "give one of them momentum=0"
+            )
 
     def own_compressor(self) -> Compressor:
         """A compressor for one worker."""
@@ -103,8 +108,8 @@ class Outer:
 class LocalUpdates(Together):
     """Between processes: steps of `fit` alone, then one together; the last step is one too.
 
-    States between exchanges are no result, since each process has another; an average of weights
-    (`ema`) begins anew behind each exchange.
+    States between exchanges are no result, since each process has another; nor is an average of
+    them, so `fit` refuses `ema` beside this.
 
     group: of processes; None means all
 
@@ -143,11 +148,6 @@ class LocalUpdates(Together):
     @property
     def settled(self) -> bool:
         """Whether all processes have the same weights."""
-        return self._alone == 0
-
-    @property
-    def leapt(self) -> bool:
-        """Whether an exchange has just been."""
         return self._alone == 0
 
     def state(self) -> dict[str, Any]:

@@ -34,7 +34,6 @@ class Together(Regime):
 
     group: of processes; None means all
     traffic: what this one has sent
-    apart: whether weights differ between steps
     about: what tells a way of exchange from others, kept with checkpoints
     momentum: that the exchange brings, beside which an optimizer must have none
     trained: parameters that are trained, in the same order on all processes; None for all of the
@@ -42,7 +41,6 @@ class Together(Regime):
     """
 
     alone = False
-    apart = False
     about = ""
     momentum = 0.0
 
@@ -91,7 +89,7 @@ class Averaging(Together):
     def __init__(self, compressor: Compressor, *, group: Group = None) -> None:
         super().__init__(group)
         self._compressor = compressor
-        self.about, self.momentum = str(compressor), compressor.momentum
+        self.about, self.momentum = repr(compressor), compressor.momentum
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
