@@ -22,6 +22,7 @@ from tersor.plan import coded as coded_module
 from tersor.plan import compress
 from tersor.plan import ladder as ladder_module
 from tersor.plan import search as search_module
+from tersor.plan import trial as trial_module
 from tersor.plan.journal import model_hash
 from tersor.plan.trial import Bench
 from tersor.surgery import walk
@@ -243,6 +244,54 @@ def test_a_model_whose_code_was_changed_is_another_model(tmp_path):
 
 
 @needs_onnx
+class Scaled(nn.Module):
+    """Its answers depend on what no tensor holds."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.head, self.gain = nn.Linear(64, 3), gain
+
+    def forward(self, x):
+        return self.gain * self.head(x.flatten(1))
+
+
+def test_a_model_made_otherwise_and_another_example_are_other_jobs(task, tmp_path):
+    torch.manual_seed(0)
+    models = [Scaled(1.0), Scaled(2.0)]
+    models[1].load_state_dict(models[0].state_dict())
+    assert model_hash(models[0]) != model_hash(models[1])
+    assert model_hash(models[0]) == model_hash(models[0].train())
+    given = {"budget": "size=0.9x", "run": tmp_path / "run"}
+    compress(models[0], task, **given)
+    with pytest.raises(OptionError, match="with another model"):
+        compress(models[1], task, **given)
+    examples = [torch.zeros(n, 1, 8, 8) for n in (1, 2)]
+    compress(models[0], None, "size=0.9x", run=tmp_path / "blind", example=examples[0])
+    with pytest.raises(OptionError, match="with another example"):
+        compress(models[0], None, "size=0.9x", run=tmp_path / "blind", example=examples[1])
+
+
+def test_a_trial_whose_answers_are_no_numbers_is_only_too_small(
+    trained, task, tmp_path, monkeypatch
+):
+    real, asked = trial_module.quality, []
+
+    def judged(model, task, **options):
+        asked.append(model)
+        if len(asked) == 1:
+            raise ModelError("gives NaN")
+        return real(model, task, **options)
+
+    monkeypatch.setattr(trial_module, "quality", judged)
+    result = compress(trained, task, "drop=30", run=tmp_path / "run")
+    assert result.report["met"] is True
+    assert len(asked) > 1
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    (lost,) = [p for p in report["points"] if p["metrics"]["accuracy"] is None]
+    assert not lost["chosen"]
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def test_without_inputs_kept_apart_batch_norms_stay_and_a_note_says_so(trained, tmp_path):
     single = classification(calibration=blobs(1, 1)[0])
     result = compress(trained, single, "size=0.6x, target=onnxruntime", run=tmp_path / "run")

@@ -270,6 +270,17 @@ def test_a_single_point_and_none_at_all_are_drawn():
     assert scatter(one).count("<circle") == 2
 
 
+def test_a_trial_whose_answers_were_no_numbers_has_no_place_and_no_value():
+    one = {"bytes": 5, "divergence": 0.5, "chosen": True}
+    lost = {"bytes": 2, "divergence": float("inf"), "metrics": {"accuracy": None}, "chosen": False}
+    assert scatter([one, lost]).count("<circle") == 2
+    assert scatter([lost]) == ""
+    report = example_report()
+    report["points"][0] |= lost
+    report["comparison"]["metrics"]["accuracy"]["after"]["value"] = None
+    assert "no number" in render(report)
+
+
 def test_text_is_escaped_unless_it_was_made_here():
     assert tag("p", "<b>", tag("i", "&"), [Markup("<hr>"), None, 3]) == (
         "<p>&lt;b&gt;<i>&amp;</i><hr>3</p>"

@@ -375,3 +375,23 @@ def test_real_texts_are_read(shared_data):
     task = text_classification(table, tokenizer=lambda t: list(t.encode()), max_length=50)
     assert torch.bincount(all_targets(task)).tolist() == [912, 909]
     assert task.example(8)["input_ids"].shape == (8, 50)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [([1, 100, 1, 100], [0, 1, 0, 1]), ([1, 2, 50], [0, 1, 2]), ([-2, 0, 1], [0, 1, 2])],
+)
+def test_whole_numbers_with_gaps_are_names_and_no_places(labels, expected):
+    task = tabular({"x": [float(n) for n in range(len(labels))], "y": labels}, target="y")
+    assert next(task.test())[1].tolist() == expected
+
+
+def test_whole_numbers_beside_names_are_places():
+    table = Table({"x": [1.0, 2.0], "y": [0, 1]}, classes={"y": ["1", "0"]})
+    assert next(tabular(table, target="y").test())[1].tolist() == [0, 1]
+
+
+def test_an_infinity_is_a_missing_value():
+    columns = {"x": ["1", "2", "3", "Infinity"], "y": [0, 1, 0, 1]}
+    (inputs, _) = next(tabular(columns, target="y").test())
+    assert inputs[:, 0].tolist() == pytest.approx([-1.224745, 0.0, 1.224745, 0.0], abs=1e-5)

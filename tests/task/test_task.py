@@ -1,3 +1,4 @@
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -466,3 +467,34 @@ def test_a_loader_without_an_end_is_refused(monkeypatch):
     task = classification(train=Endless(), calibration=held, holdout=held)
     with pytest.raises(TaskError, match=r"gives more than 50 batches, so .* no end; give it a"):
         task.train_batches()
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Draws what it adds from torch, numpy and Python, as augmentations do."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, at):
+        if at >= 40:
+            raise IndexError
+        return torch.full((3,), float(at)) + torch.rand(
+            3
+        ) + np.random.rand() + random.random(), at % 2
+
+
+def test_a_task_of_a_loader_that_draws_is_the_same_in_each_process():
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        task = classification(train=DataLoader(Noisy(), batch_size=8, shuffle=True))
+        found.append(task.fingerprint())
+        # What draws behind it goes on as it would have.
+        after = torch.rand(()), np.random.rand(), random.random()
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        assert after == (torch.rand(()), np.random.rand(), random.random())
+    assert found[0] == found[1]

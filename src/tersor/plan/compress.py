@@ -18,7 +18,7 @@ from tersor.plan.budget import Budget
 from tersor.plan.checks import check_job, check_reach
 from tersor.plan.coded import coded
 from tersor.plan.folder import RunFolder, run_folder
-from tersor.plan.journal import Journal, model_hash
+from tersor.plan.journal import Journal, example_hash, model_hash
 from tersor.plan.ladder import ladder
 from tersor.plan.route import Plan
 from tersor.plan.search import search, shortfalls
@@ -89,6 +89,7 @@ def compress(
         "tersor": VERSION,
         "model": model_hash(original),
         "task": task.fingerprint() if task else None,
+        "example": example_hash(example),
         "budget": limits.as_json(),
         "recipe": steps,
         "profile": profile,

@@ -11,15 +11,18 @@ import inspect
 import json
 import re
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from tersor.errors import OutputError
 from tersor.version import VERSION
+
+_MODES = ("training", "_is_full_backward_hook")
 
 
 class Journal:
@@ -80,17 +83,44 @@ def is_empty(path: Path) -> bool:
 
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 over the model's structure, the source of its own classes, and every tensor in it."""
+    """SHA-256 over the model's structure, its classes' source, their settings, and every tensor."""
     # A function's address in a repr would make every process see another model.
     structure = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
     digest = hashlib.sha256(structure.encode())
     for kind in dict.fromkeys(type(module) for module in model.modules()):
         if not kind.__module__.startswith("torch."):
             digest.update(_source(kind).encode())
+    for name, module in model.named_modules():
+        # What __init__ was told, as a scale that forward uses; modes are none of it.
+        plain = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and key not in _MODES
+        }
+        digest.update(repr((name, sorted(plain.items()))).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        _add(digest, name, tensor)
     return digest.hexdigest()
+
+
+def example_hash(example: Any) -> str | None:
+    """SHA-256 over inputs of any structure; None for none."""
+    if example is None:
+        return None
+    tree = dict(example) if isinstance(example, Mapping) else example
+    leaves, structure = pytree.tree_flatten(tree)
+    digest = hashlib.sha256(str(structure).encode())
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            _add(digest, str(place), leaf)
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _source(kind: type[nn.Module]) -> str:

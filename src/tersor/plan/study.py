@@ -24,7 +24,7 @@ from tersor.measure import (
     reference_outputs,
     safetensors_bytes,
 )
-from tersor.plan.journal import Journal, model_hash
+from tersor.plan.journal import Journal, example_hash, model_hash
 from tersor.surgery.walk import Site, walk
 from tersor.task import Task
 
@@ -63,7 +63,8 @@ class Study:
     @property
     def key(self) -> dict[str, Any]:
         """What every measurement of this study depends on."""
-        return {"model": self.fingerprint, "task": self.task.fingerprint() if self.task else None}
+        task = self.task.fingerprint() if self.task else None
+        return {"model": self.fingerprint, "task": task, "example": example_hash(self.example)}
 
 
 def study(model: nn.Module, task: Task | None, example: Any, journal: Journal) -> Study:

@@ -7,6 +7,7 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tersor.program import Program, program_of
 from tersor.program.inputs import Arguments
 from tersor.program.of_model import call_arguments
 from tersor.progress import Bar
+from tersor.task import device_of
 from tersor.train import TrainingLog
 from tersor.version import VERSION
 
@@ -93,7 +95,12 @@ class Bench:
 
         def measure() -> dict[str, float]:
             model = self._reloaded(point.plan.recipe)
-            return {name: estimate.value for name, estimate in quality(model, task).items()}
+            try:
+                return {name: estimate.value for name, estimate in quality(model, task).items()}
+            except ModelError:
+                # Of so few bytes that answers are no numbers: it keeps no quality.
+                metrics = task.metrics.items()
+                return {n: -inf if metric.higher_is_better else inf for n, metric in metrics}
 
         self.bar.doing(f"measuring a file of {point.bytes:,} bytes")
         key = {"what": "quality", **self._trial_key(point.plan.recipe)}
@@ -123,7 +130,9 @@ class Bench:
         """The model as a user will get it: from the file."""
         if self.program is None and self.traceable:
             self.trace()
-        return load(path) if self.traceable else load(path, into=deepcopy(self.study.model))
+        if self.traceable:
+            return load(path).to(device_of(self.study.model))
+        return load(path, into=deepcopy(self.study.model))
 
     def apply(self, recipe: Rows) -> nn.Module:
         """The model after the recipe, in memory; the last one is kept, for it is often the best."""

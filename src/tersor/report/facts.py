@@ -176,8 +176,9 @@ def _reached(report: Data, name: str, wanted: Any) -> tuple[str, bool | None]:
     measured = (report.get("comparison") or {}).get("metrics") or {}
     if name == "drop" and measured:
         return _dropped(next(iter(measured.values())), wanted)
-    if name in measured and isinstance(measured[name].get("after"), dict):
-        reached = float(measured[name]["after"]["value"])
+    after = (measured.get(name) or {}).get("after")
+    if isinstance(after, dict) and after.get("value") is not None:
+        reached = float(after["value"])
         sign = 1 if measured[name].get("higher_is_better", True) else -1
         text = figures.value(reached, measured[name].get("unit") or "")
         return text, sign * reached >= sign * float(wanted) - _rounding(float(wanted))
@@ -199,7 +200,7 @@ def _dropped(metric: Data, wanted: Any) -> tuple[str, bool | None]:
         return "", None
     drop = float(metric["delta"]) * (-1 if metric.get("higher_is_better", True) else 1)
     before = (metric.get("before") or {}).get("value") or 0.0
-    allowed = _absolute(wanted, float(before))
+    allowed = _absolute(wanted, abs(float(before)))
     text = figures.change(drop, metric.get("unit") or "").lstrip("+")
     return text, None if allowed is None else drop <= allowed + _rounding(float(before))
 
@@ -241,6 +242,8 @@ def notes(report: Data) -> list[str]:
 def _estimate(measured: Any, unit: str) -> str:
     if not isinstance(measured, dict):
         return "" if measured is None else figures.value(float(measured), unit)
+    if measured.get("value") is None:
+        return "no number"
     text = figures.value(float(measured["value"]), unit)
     span = figures.interval(measured.get("low"), measured.get("high"), unit)
     return f"{text} ({span})" if span else text

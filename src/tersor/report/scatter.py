@@ -3,6 +3,7 @@
 Positions are percentages and words are HTML, so that text keeps its size on a phone.
 """
 
+import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,9 +21,14 @@ class Spot(NamedTuple):
     point: Data
 
 
+def _finite(value: Any) -> bool:
+    """Not so of a trial whose answers were no numbers: it has no place on the plot."""
+    return value is not None and math.isfinite(float(value))
+
+
 def scatter(points: list[Data]) -> Markup:
     """Bytes across, divergence up (logarithmic); the front of best trade-offs, the chosen point."""
-    placed = [p for p in points if p.get("divergence") is not None and p.get("bytes")]
+    placed = [p for p in points if _finite(p.get("divergence")) and p.get("bytes")]
     if not placed:
         return Markup("")
     across = axes.ticks([float(p["bytes"]) for p in placed])

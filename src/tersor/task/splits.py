@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,12 +67,28 @@ def _start(split: Stream | Fixed) -> list[Batch]:
         split = Stream(in_order(split.loader), split.read)
     batches: list[Batch] = []
     rows = 0
-    for batch in split.batches():
-        batches.append(batch)
-        rows += rows_in(batch[0])
-        if rows >= 4 * CALIBRATION:
-            break
+    with _one_seed():
+        for batch in split.batches():
+            batches.append(batch)
+            rows += rows_in(batch[0])
+            if rows >= 4 * CALIBRATION:
+                break
     return batches
+
+
+@contextmanager
+def _one_seed() -> Iterator[None]:
+    """Inside, crops and mirrors are those of any other process: a task is known by its samples."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _span(batches: list[Batch], start: int, stop: int) -> tuple[Batch, ...]:

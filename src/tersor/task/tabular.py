@@ -80,7 +80,9 @@ def tabular(
         if not kept:
             splits[name] = (inputs, None)
         elif classes is not None:
-            splits[name] = inputs, label_numbers(table.column(target), classes, table.where)
+            coded = any(target in each.classes for each in labelled)
+            labels = label_numbers(table.column(target), classes, table.where, coded=coded)
+            splits[name] = inputs, labels
         else:
             splits[name] = inputs, _amounts(table.column(target), target, table.where)
     if classes is not None:
@@ -111,12 +113,18 @@ def class_names(tables: Sequence[Table], column: str) -> list[str]:
     return sorted(values)
 
 
-def label_numbers(values: Sequence[Any], classes: Sequence[str], where: str) -> Tensor:
-    """(n,) int64: the place of each value among `classes`; whole numbers are places already."""
+def label_numbers(
+    values: Sequence[Any], classes: Sequence[str], where: str, *, coded: bool
+) -> Tensor:
+    """(n,) int64: the place of each value among `classes`.
+
+    coded: whole numbers are places already, since a file names the classes beside them
+    """
     places = {name: place for place, name in enumerate(classes)}
     numbers = []
     for row, value in enumerate(values):
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):
+        whole = coded and isinstance(value, int) and not isinstance(value, bool)
+        if whole and 0 <= value < len(classes):
             numbers.append(value)
         elif str(value) in places:
             numbers.append(places[str(value)])
@@ -140,7 +148,7 @@ def _table(source: Source, columns: Sequence[str] | None) -> Table:
 
 def _scaling(name: str, values: Sequence[Any], where: str) -> Scaling:
     numbers = [_number(value) for value in values]
-    present = [n for n in numbers if n is not None and not math.isnan(n)]
+    present = [n for n in numbers if n is not None and math.isfinite(n)]
     if None not in numbers:
         if not present:
             raise TaskError(f"{where}: column {name!r} has no value at all; leave it out")
@@ -173,7 +181,8 @@ def _scaled(scaling: Scaling, values: Sequence[Any]) -> Tensor:
             "numbers where its mean was taken; correct the value"
         )
     column = torch.tensor(numbers, dtype=torch.float64)
-    return ((column - scaling.mean) / scaling.spread).nan_to_num(0.0).float()[:, None]
+    scaled = ((column - scaling.mean) / scaling.spread).where(column.isfinite(), 0.0)
+    return scaled.float()[:, None]
 
 
 def _missing(value: Any) -> bool:

@@ -54,7 +54,8 @@ def text_classification(
     for name, table in tables.items():
         labels = None
         if name in ("test", "train") or (name == "holdout" and label in table.columns):
-            labels = label_numbers(table.column(label), classes, table.where)
+            coded = any(label in each.classes for each in labelled)
+            labels = label_numbers(table.column(label), classes, table.where, coded=coded)
         encoded = _encoded(table.column(text), name, reader, max_length)
         splits[name] = _rows(encoded, labels, padding_of(reader), batch_size)
     task = classification_of(splits, classes or None)
