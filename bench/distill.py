@@ -1,6 +1,6 @@
 """Hinton's first experiment: what a large network knows of MNIST, told to a small one.
 
-    python bench/distill.py                     one seed, an hour on a busy core
+    python bench/distill.py                     one seed, 70 minutes on a busy core
     python bench/distill.py --folder runs       trainings are kept there, and go on after a kill
     python bench/distill.py --seeds 0 1 2 --device cuda
 

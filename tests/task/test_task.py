@@ -478,9 +478,8 @@ class Noisy(torch.utils.data.Dataset):
     def __getitem__(self, at):
         if at >= 40:
             raise IndexError
-        return torch.full((3,), float(at)) + torch.rand(
-            3
-        ) + np.random.rand() + random.random(), at % 2
+        drawn = torch.rand(3) + np.random.rand() + random.random()
+        return at + drawn, at % 2
 
 
 def test_a_task_of_a_loader_that_draws_is_the_same_in_each_process():

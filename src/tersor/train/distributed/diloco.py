@@ -28,7 +28,6 @@ from tersor.train.distributed.together import (
     Together,
     average_statistics,
     begin_alike,
-    trained_of,
 )
 from tersor.train.distributed.traffic import plain_bytes
 from tersor.train.states import put
@@ -127,8 +126,7 @@ class LocalUpdates(Together):
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
-        self._model, self._steps = model, steps
-        self._trained = trained_of(model) if self.trained is None else list(self.trained)
+        self._model, self._steps, self._trained = model, steps, self._all(model)
         begin_alike(model, self.group)
         self._outer = Outer(self._trained, self._settings)
 

@@ -50,6 +50,9 @@ class Together(Regime):
         self.group = group
         self._calls = 0
 
+    def _all(self, model: nn.Module) -> list[nn.Parameter]:
+        return trained_of(model) if self.trained is None else list(self.trained)
+
     def due(self, due: bool) -> bool:
         """Whether any process's clock says so; they ask each other now and then alone."""
         self._calls += 1
@@ -93,8 +96,7 @@ class Averaging(Together):
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Every process starts from the weights of the first."""
-        self._model = model
-        self._trained = trained_of(model) if self.trained is None else list(self.trained)
+        self._model, self._trained = model, self._all(model)
         begin_alike(model, self.group)
 
     def gradients(self, step: int) -> None:
