@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tersor.errors import OutputError
+from tersor.task.data import add_to
 from tersor.version import VERSION
 
 _MODES = ("training", "_is_full_backward_hook")
@@ -99,7 +100,7 @@ def model_hash(model: nn.Module) -> str:
         }
         digest.update(repr((name, sorted(plain.items()))).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        _add(digest, name, tensor)
+        add_to(digest, name, tensor)
     return digest.hexdigest()
 
 
@@ -112,15 +113,10 @@ def example_hash(example: Any) -> str | None:
     digest = hashlib.sha256(str(structure).encode())
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
-            _add(digest, str(place), leaf)
+            add_to(digest, str(place), leaf)
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()
-
-
-def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _source(kind: type[nn.Module]) -> str:

@@ -128,6 +128,13 @@ def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
     return {"": inputs}
 
 
+def add_to(digest: Any, name: str, tensor: Tensor) -> None:
+    """Adds name, shape, type and raw bytes to a hash, so that no two tensors read alike."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy())
+
+
 def apply(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """`function` on each tensor of a batch."""
     if isinstance(inputs, dict):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from tersor.errors import OptionError, TaskError
 from tersor.task import kinds
-from tersor.task.data import Inputs, Rows, Split, head, rows_in, spread, tensors_of
+from tersor.task.data import Inputs, Rows, Split, add_to, head, rows_in, spread, tensors_of
 from tersor.task.kinds import Kind, Pooling
 from tersor.task.metrics import Metric, decisions, same_shape
 from tersor.task.splits import CALIBRATION, completed
@@ -281,8 +281,5 @@ class Task:
 
 
 def _hash(digest: Any, inputs: Inputs) -> None:
-    """Adds names, shapes, types and raw bytes, so no two different batches read alike."""
     for name, tensor in tensors_of(inputs).items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
+        add_to(digest, name, tensor)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tersor.files import atomic
 from tersor.task import Inputs, Task, device_of
-from tersor.task.data import apply, rows_in, tensors_of
+from tersor.task.data import add_to, apply, rows_in, tensors_of
 
 MOST_BYTES = 2**30
 """Of all files in a folder. One gibibyte holds 25 million rows of ten classes, and few of a large
@@ -143,7 +143,7 @@ def hash_of(network: nn.Module) -> str:
     digest = hashlib.sha256(type(network).__qualname__.encode())
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     for name, tensor in tensors.items():
-        _add(digest, name, tensor)
+        add_to(digest, name, tensor)
     path = getattr(network, "path", None)
     if not tensors and isinstance(path, Path):
         # Weights may lie beside it, as those of large ONNX files and of OpenVINO's do.
@@ -174,15 +174,9 @@ def _digests(inputs: Inputs, unit: int, device: str, whole: bool) -> list[bytes]
                 # Not what is left out before it, which moves positions.
                 used = (mask[rows] != 0).any(0).nonzero()
                 part = part[:, : int(used.max()) + 1 if len(used) else 0]
-            _add(digest, name, part)
+            add_to(digest, name, part)
         found.append(digest.digest()[:_DIGEST])
     return found
-
-
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy())
 
 
 def _digests_in(path: Path) -> list[bytes]:
